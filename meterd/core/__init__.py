@@ -1,0 +1,1 @@
+"""The pure core: values in, values out. No asyncio, clock, file, log, metric or network in here."""
