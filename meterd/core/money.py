@@ -7,8 +7,9 @@
 | price               | picos, 0.000000000001 USDC       | `int`       |
 | owed, before a floor| USDC / denominator of a rate card| `Fraction`  |
 
-Texts are read by rule, never by `Decimal(text)` or `float(text)`: those accept NaN, underscores, full-width digits
-and exponents of a million. Nothing in here, and nothing that calls it, holds money in a float.
+Texts are read by rule, never by `Decimal(text)` or `float(text)`: those accept NaN, underscores,
+full-width digits and exponents of a million. Nothing in here, and nothing that calls it, holds
+money in a float.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ AMOUNT_DECIMALS = 6  # USDC has six; it is also the quantum of the escrow servic
 QUANTITY_DECIMALS = 9
 PRICE_DECIMALS = 12
 
-MICROS = 10**AMOUNT_DECIMALS
-NANOS = 10**QUANTITY_DECIMALS
-PICOS = 10**PRICE_DECIMALS
+MICROS: int = 10**AMOUNT_DECIMALS
+NANOS: int = 10**QUANTITY_DECIMALS
+PICOS: int = 10**PRICE_DECIMALS
 
 QUANTITY_MAX = 10**15  # In units. Larger is a bug of the producer, not a bill.
+PRICE_MAX = 10**6  # In USDC. In picos it still fits 64 bits, which is what JSON writers promise.
 AMOUNT_DIGITS_MAX = 15
 
 # ASCII digits only: `\d` and `str.isdigit` take full-width and Arabic digits too.
@@ -38,8 +40,8 @@ class BadNumber(ValueError):
 def parse_scaled(text: str, decimals: int) -> int:
     """Read a plain non-negative decimal text as an integer of 10^-decimals units.
 
-    Raises `BadNumber` for anything else: signs, exponents, blanks, more than 16 digits before the point or more
-    than `decimals` significant ones behind it.
+    Raises `BadNumber` for anything else: signs, exponents, blanks, more than 16 digits before the
+    point or more than `decimals` significant ones behind it.
     """
     if _PLAIN.match(text) is None:
         raise BadNumber("not a plain decimal such as 12 or 0.000001")
@@ -47,7 +49,7 @@ def parse_scaled(text: str, decimals: int) -> int:
     fraction = fraction.rstrip("0")
     if len(fraction) > decimals:
         raise BadNumber(f"more than {decimals} decimals")
-    return int(whole) * 10**decimals + int(fraction.ljust(decimals, "0") or "0")
+    return int(whole + fraction.ljust(decimals, "0"))
 
 
 def parse_amount(text: str) -> int:
@@ -56,12 +58,15 @@ def parse_amount(text: str) -> int:
 
 
 def parse_price(text: str) -> int:
-    """Read a price in USDC, at most 12 decimals, as picos. Raises `BadNumber`."""
-    return parse_scaled(text, PRICE_DECIMALS)
+    """Read a price in USDC, at most 1e6 with at most 12 decimals, as picos. Raises `BadNumber`."""
+    picos = parse_scaled(text, PRICE_DECIMALS)
+    if picos > PRICE_MAX * PICOS:
+        raise BadNumber("a price may be at most 1e6 USDC")
+    return picos
 
 
 def parse_quantity(text: str) -> int:
-    """Read a quantity, > 0 and at most 1e15 with at most 9 decimals, as nanos. Raises `BadNumber`."""
+    """Read a quantity, > 0, at most 1e15 and with 9 decimals, as nanos. Raises `BadNumber`."""
     nanos = parse_scaled(text, QUANTITY_DECIMALS)
     if nanos == 0:
         raise BadNumber("a quantity must be greater than 0")
@@ -71,10 +76,11 @@ def parse_quantity(text: str) -> int:
 
 
 def format_scaled(value: int, decimals: int, *, places_min: int = 0) -> str:
-    """Write an integer of 10^-decimals units in plain notation, with at least `places_min` decimals."""
+    """Write an integer of 10^-decimals units plainly, with at least `places_min` decimals."""
     sign, value = ("-", -value) if value < 0 else ("", value)
     whole, fraction = divmod(value, 10**decimals)
-    digits = str(fraction).rjust(decimals, "0").rstrip("0").ljust(places_min, "0") if decimals else ""
+    digits = str(fraction).rjust(decimals, "0").rstrip("0") if decimals else ""
+    digits = digits.ljust(places_min, "0")
     return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
 
 
@@ -97,7 +103,7 @@ EXACT_DECIMALS_SHOWN = 24
 
 
 def format_exact(usdc: Fraction) -> str:
-    """Write an exact amount of USDC; one that no 24 decimals can hold (a third) is cut off there, for display only."""
+    """Write an exact amount of USDC for display; one like a third is cut off at 24 decimals."""
     scaled = usdc.numerator * 10**EXACT_DECIMALS_SHOWN // usdc.denominator
     return format_scaled(scaled, EXACT_DECIMALS_SHOWN, places_min=2)
 
@@ -105,7 +111,8 @@ def format_exact(usdc: Fraction) -> str:
 def floor_to_quantum(usdc: Fraction, quantum: int = 1) -> int:
     """Round an exact amount of USDC down to whole quanta; the answer is in micros.
 
-    This is the only rounding of money in meterd. What it cuts off is the residual: it stays in `accrued` and is paid
-    when later usage has made a whole quantum of it.
+    This is the only rounding of money in meterd. What it cuts off is the residual: it stays in
+    `accrued` and is paid when later usage has made a whole quantum of it.
     """
-    return (usdc.numerator * MICROS // usdc.denominator) // quantum * quantum
+    micros: int = usdc.numerator * MICROS // usdc.denominator
+    return micros // quantum * quantum

@@ -1,0 +1,502 @@
+"""The settings of meterd: one frozen model for each table of the file, each key with its default.
+
+The rule: a key is here or it does not exist. What a later version will take is known by name
+(`NOT_AVAILABLE` and the tables beside the fields), so that it is refused with a sentence and never
+ignored. A model checks what can be seen inside itself; what lies between two tables is in `checks`.
+Fields that hold money or quantities say their unit, which the key in the file leaves out: `price`
+in the file is `price_picos` here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from meterd.config.values import (
+    ESCROW_ID,
+    Address,
+    ApiKey,
+    Duration,
+    EscrowId,
+    FilePath,
+    HeaderName,
+    JsonPath,
+    Line,
+    ListenAddress,
+    Micros,
+    Name,
+    Nanos,
+    Password,
+    Picos,
+    RedisUrl,
+    Secret,
+    Size,
+    Span,
+    SpanOrZero,
+    Token,
+    is_loopback,
+    read_amount,
+    read_duration,
+    read_size,
+    refuse,
+)
+
+NOT_YET = "is not available in this version"
+
+# Keys that a later version takes: known, so that nobody looks for a spelling mistake. `*` is any
+# name, [] any place.
+NOT_AVAILABLE: Mapping[str, str] = {
+    "wallet": f"{NOT_YET}: no plan of it draws on a wallet; remove the table",
+    "discover": f"{NOT_YET}: name each escrow in [[agreements]] or by PUT /v1/agreements/{{id}}",
+    "store.url": f'{NOT_YET}: remove it; kind = "sqlite" keeps its file in daemon.data_dir',
+    "plans.*.effective_from": f"{NOT_YET}: a plan has one version; remove it",
+    "plans.*.gate": f"{NOT_YET}: remove it",
+    "plans.*.rates[].free_units": f"{NOT_YET}: remove it",
+    "plans.*.rates[].minimum": f"{NOT_YET}: remove it",
+    "plans.*.rates[].maximum": f"{NOT_YET}: remove it",
+    "plans.*.rates[].tiers": f'{NOT_YET}: write price, and model = "standard"',
+    "agreements[].escrows.base": f"{NOT_YET}: write main",
+    "agreements[].escrows.overage": f"{NOT_YET}: write main",
+}
+
+# What a key without a default may look like.
+REQUIRED: Mapping[str, str] = {
+    "escrows": 'escrows = { main = "esc_9a81c4" }',
+    "main": 'main = "esc_9a81c4"',
+    "meter": 'meter = "tokens"',
+    "name": 'name = "svc-a"',
+    "pattern": 'pattern = "streaming"',
+    "plan": 'plan = "stream"',
+    "price": 'price = "0.002"',
+    "rates": 'rates = [{ meter = "tokens", price = "0.002" }]',
+    "scopes": 'scopes = ["ingest"]',
+}
+
+BATCH_MAX = 100_000
+SHOWN_MAX = 24  # Names in one sentence; more help nobody.
+T = TypeVar("T")
+# TOML has lists, frozen settings have tuples; the items stay as strict as their own type.
+Listed = Annotated[tuple[T, ...], Field(strict=False)]
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """Name the known word that was probably meant, or all of them where none is near."""
+    if not known:
+        return "there are none"
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    if len(known) > SHOWN_MAX:
+        return "meterd config example shows all there are"
+    return "known are " + ", ".join(sorted(known))
+
+
+def _one_of(available: tuple[str, ...], later: tuple[str, ...], what: str) -> BeforeValidator:
+    """Refuse the words that a later version will take with a sentence of their own."""
+    choice = " or ".join(f'"{word}"' for word in available)
+
+    def check(value: object) -> object:
+        if not isinstance(value, str):
+            refuse(f"write {choice}")
+        if value in later:
+            refuse(f'the {what} "{value}" {NOT_YET}; write {choice}')
+        if value not in available:
+            refuse(f'there is no {what} "{value[:64]}"; {nearest(value, available + later)}')
+        return value
+
+    return BeforeValidator(check)
+
+
+class Table(BaseModel):
+    """One table of the file: strict, frozen, closed to unknown keys, silent about its input."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+    )
+
+
+class DaemonSettings(Table):
+    """`[daemon]`: the process itself."""
+
+    data_dir: FilePath = Path("meterd-data")
+    drain_timeout: SpanOrZero = read_duration("30s")
+
+
+class LogSettings(Table):
+    """`[log]`: how much is said, and to whom."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class TokenSettings(Table):
+    """One entry of `http.tokens`: who may do what."""
+
+    name: Name
+    token: Token
+    token_file: FilePath | None = None
+    scopes: Listed[Literal["ingest", "gate", "read", "admin"]] = Field(min_length=1)
+
+
+class HttpSettings(Table):
+    """`[http]`: where meterd listens."""
+
+    listen: ListenAddress = Address("127.0.0.1", 8787)
+    behind_proxy: bool = False
+    tokens: Listed[TokenSettings] = ()
+    body_limit_bytes: Size = Field(default=read_size("1MiB"), alias="body_limit")
+    pending_max: int = Field(default=20_000, ge=1, le=10_000_000)
+
+
+class StoreSettings(Table):
+    """`[store]`: what survives a crash."""
+
+    kind: Annotated[Literal["sqlite"], _one_of(("sqlite",), ("redis",), "kind of store")] = "sqlite"
+
+
+class DedupeSettings(Table):
+    """`[dedupe]`: how long, and how many, identities of events are remembered."""
+
+    window: Span = read_duration("72h")
+    entries_max: int = Field(default=20_000_000, ge=1, le=1_000_000_000)
+
+
+def _path_with_id(path: str) -> str:
+    if path.count("{id}") != 1 or not _PATH.match(path):
+        refuse('write a path that begins with / and has {id} once, such as "/escrow/{id}/release"')
+    return path
+
+
+def _path_without_id(path: str) -> str:
+    if "{" in path or not _PATH.match(path):
+        refuse('write a path that begins with /, such as "/escrow"')
+    return path
+
+
+_PATH = re.compile(r"/[A-Za-z0-9_./{}-]{0,255}\Z", re.ASCII)
+PathWithId = Annotated[str, AfterValidator(_path_with_id)]
+PathWithoutId = Annotated[str, AfterValidator(_path_without_id)]
+
+
+class EscrowPaths(Table):
+    """`escrow.paths`: what stands behind `base_url` for each call."""
+
+    create: PathWithoutId = "/escrow"
+    list: PathWithoutId = "/escrow"
+    status: PathWithId = "/escrow/{id}"
+    release: PathWithId = "/escrow/{id}/release"
+    release_partial: PathWithId = "/escrow/{id}/release-partial"
+    refund: PathWithId = "/escrow/{id}/refund"
+
+
+def _service_address(url: str) -> str:
+    """The API key is sent here, so the address must be plain to see and safe from listeners."""
+    example = 'such as "https://escrow.example.com/api/v1"'
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        refuse(f"write an address, {example}")
+    if parts.scheme not in {"http", "https"} or not host or not _URL.match(url):
+        refuse(f"write an address with https and a host, {example}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        refuse(f"write it without user, password, ? and #, {example}")
+    if parts.scheme == "http" and not is_loopback(host):
+        refuse("http sends the API key in the clear; write https (http is for loopback alone)")
+    return url.rstrip("/")
+
+
+_URL = re.compile(r"[!-~]{1,512}\Z", re.ASCII)
+
+
+class EscrowSettings(Table):
+    """`[escrow]`: the service that holds the money, and how far it is trusted."""
+
+    base_url: Annotated[str, AfterValidator(_service_address)] = (
+        "https://escrow.purpleflea.com/api/v1"
+    )
+    api_key: ApiKey
+    api_key_file: FilePath | None = None
+    agent_id: Line = ""
+    paths: EscrowPaths = Field(default_factory=EscrowPaths)
+    idempotency_header: HeaderName = "Idempotency-Key"
+    idempotency: Literal["ignored", "honoured"] = "ignored"
+    quantum_micros: Micros = Field(default=read_amount("0.000001"), alias="quantum")
+    request_timeout: Span = read_duration("30s")
+    in_doubt_quarantine: Span = read_duration("15m")
+    observe_gap: SpanOrZero = read_duration("10s")
+    voids_per_day: int = Field(default=1, ge=0, le=1000)
+    doubts_max: int = Field(default=3, ge=1, le=1000)
+    doubts_window: Span = read_duration("10m")
+    strict: bool = False
+    release_max_micros: Micros = Field(default=read_amount("10.00"), alias="release_max")
+    on_foreign_release: Literal["freeze", "credit"] = "freeze"
+    on_deadline: Literal["provider", "consumer", "unknown"] = "unknown"
+    min_interval: SpanOrZero = read_duration("2s")
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    discover_interval: Span = read_duration("60s")
+
+    @model_validator(mode="after")
+    def _one_release_can_move_money(self) -> EscrowSettings:
+        if self.release_max_micros < self.quantum_micros:
+            refuse("is below quantum, so nothing could be released; raise it", at="release_max")
+        return self
+
+
+class RedisSourceSettings(Table):
+    """`[[sources]]` with kind = "redis": a stream of a Redis server."""
+
+    kind: Literal["redis"]
+    name: Name = "redis"
+    url: RedisUrl = Field(default_factory=lambda: Secret("redis://127.0.0.1:6379/0"))
+    url_file: FilePath | None = None
+    stream: Annotated[Line, Field(min_length=1)] = "meterd:usage"
+    group: Annotated[Line, Field(min_length=1)] = "meterd"
+    mode: Literal["exclusive", "group"] = "exclusive"
+    batch: int = Field(default=5_000, ge=1, le=BATCH_MAX)
+    block: Span = read_duration("1s")
+
+
+TOPIC_FIELDS = ("{escrow_id}", "{agreement}", "{meter}", "{source}", "{type}")
+MQTT_PORT, MQTT_TLS_PORT = 1883, 8883
+SESSION_EXPIRY_MAX = Duration((2**32 - 2) * 1000)  # Beyond it the protocol means "for ever".
+
+
+def _topic_template(topic: str) -> str:
+    levels = topic.split("/")
+    if levels[0] == "$share":
+        refuse('leave $share out here and write share = "NAME"')
+    if "#" in topic:
+        refuse("write one level for each part, such as meterd/usage/{escrow_id}/{meter}, without #")
+    for level in levels:
+        if ("{" in level or "}" in level) and level not in TOPIC_FIELDS:
+            refuse(f'"{level[:64]}" is no whole level of {", ".join(TOPIC_FIELDS)}')
+        if "+" in level and level != "+":
+            refuse("+ must be a whole level")
+        if not level or "$" in level:
+            refuse("write at least one character in each level, and no $")
+    if any(levels.count(field) > 1 for field in TOPIC_FIELDS):
+        refuse("name each field once")
+    return topic
+
+
+def _share_name(share: str) -> str:
+    if set(share) & set("/+#"):
+        refuse("write a name without / + and #")
+    return share
+
+
+def _session_expiry(expiry: Duration) -> Duration:
+    if expiry > SESSION_EXPIRY_MAX or expiry.ms % 1000:
+        refuse('write whole seconds, such as "7d"')
+    return expiry
+
+
+class MqttSourceSettings(Table):
+    """`[[sources]]` with kind = "mqtt": a topic of an MQTT broker, in a session that survives."""
+
+    kind: Literal["mqtt"]
+    name: Name = "mqtt"
+    host: Annotated[Line, Field(min_length=1)] = "127.0.0.1"
+    port: int = Field(default=MQTT_PORT, ge=1, le=65_535)
+    topic: Annotated[Line, AfterValidator(_topic_template)] = "meterd/usage/{escrow_id}/{meter}"
+    client_id: Name = "meterd"
+    protocol: Literal["5", "3.1.1"] = "5"
+    username: Line = ""
+    password: Password | None = None
+    password_file: FilePath | None = None
+    tls: bool = False
+    ca_file: FilePath | None = None
+    cert_file: FilePath | None = None
+    key_file: FilePath | None = None
+    receive_maximum: int = Field(default=5_000, ge=1, le=65_535)
+    session_expiry: Annotated[Span, AfterValidator(_session_expiry)] = read_duration("7d")
+    share: Annotated[Line, AfterValidator(_share_name)] = ""
+    allow_anonymous: bool = False
+    allow_qos0: bool = False
+    batch: int = Field(default=5_000, ge=1, le=BATCH_MAX)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tls_has_its_own_port(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tls") is True:
+            return {"port": MQTT_TLS_PORT, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _files_belong_to_tls(self) -> MqttSourceSettings:
+        files = {"ca_file": self.ca_file, "cert_file": self.cert_file, "key_file": self.key_file}
+        given = [key for key, path in files.items() if path is not None]
+        if given and not self.tls:
+            refuse(f"is off, but {' and '.join(given)} given; write tls = true", at="tls")
+        if ("cert_file" in given) != ("key_file" in given):
+            refuse(
+                "cert_file and key_file belong together; write both or none",
+                at="key_file" if "cert_file" in given else "cert_file",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _old_protocol_wants_a_user(self) -> MqttSourceSettings:
+        if self.protocol == "3.1.1" and self.password is not None and not self.username:
+            refuse("MQTT 3.1.1 takes no password without a user; write one", at="username")
+        return self
+
+
+SourceSettings = Annotated[RedisSourceSettings | MqttSourceSettings, Field(discriminator="kind")]
+SOURCE_KINDS = ("redis", "mqtt")
+# Kinds of the glossary that need no entry of their own.
+BUILT_IN_SOURCES: Mapping[str, str] = {
+    "http": "needs no entry: POST /v1/events is served at http.listen; remove the entry",
+    "file": "needs no entry: files come in by `meterd replay FILE`; remove the entry",
+    "otlp": f"{NOT_YET}; remove the entry",
+}
+
+
+class MeterSettings(Table):
+    """`[meters.NAME]`: what is measured."""
+
+    aggregation: Annotated[
+        Literal["sum", "count"],
+        _one_of(("sum", "count"), ("max", "unique", "latest"), "aggregation"),
+    ] = "sum"
+    event_type: Line = ""
+    value: JsonPath | None = None
+    dimensions: dict[Name, JsonPath] = Field(default_factory=dict)
+    unit: Line = ""
+
+    @model_validator(mode="after")
+    def _count_counts_events(self) -> MeterSettings:
+        if self.aggregation == "count" and self.value is not None:
+            refuse('count counts events; remove it, or write aggregation = "sum"', at="value")
+        return self
+
+
+class RateSettings(Table):
+    """One entry of `rates`: the price of one meter, for events whose dimensions match `where`."""
+
+    meter: Name
+    price_picos: Picos = Field(alias="price")
+    per: int = Field(default=1, ge=1, le=10**12)
+    where: dict[Name, Line] = Field(default_factory=dict)
+    model: Annotated[
+        Literal["standard"],
+        _one_of(
+            ("standard",),
+            ("graduated", "volume", "package", "percentage", "dynamic"),
+            "charge model",
+        ),
+    ] = "standard"
+
+
+def _not_adaptive(value: object) -> object:
+    if value == "adaptive":
+        refuse(f'settle = "adaptive" {NOT_YET}; write settle = {{ amount = "0.50" }}')
+    return value
+
+
+class SettleSettings(Table):
+    """`settle`: the thresholds at which usage is paid, whichever comes first; None: not used."""
+
+    amount_micros: Micros | None = Field(default=None, alias="amount")
+    units_nanos: Nanos | None = Field(default=None, alias="units")
+    interval: Span | None = None
+    escrow_percent: int | None = Field(default=None, ge=1, le=100)
+    before_deadline: SpanOrZero = read_duration("15m")
+    min_release_micros: Micros = Field(default=read_amount("0.01"), alias="min_release")
+
+    @model_validator(mode="after")
+    def _amount_can_be_reached(self) -> SettleSettings:
+        if self.amount_micros is not None and self.amount_micros < self.min_release_micros:
+            refuse(
+                "is below min_release, which holds it back; raise it, or lower min_release",
+                at="amount",
+            )
+        return self
+
+
+class PlanSettings(Table):
+    """`[plans.NAME]`: a billing pattern with its rates and thresholds."""
+
+    pattern: Annotated[
+        Literal["streaming", "pay_per_token"],
+        _one_of(
+            ("streaming", "pay_per_token"),
+            ("pay_per_call", "subscription", "milestone", "performance", "hybrid"),
+            "pattern",
+        ),
+    ]
+    rates: Listed[RateSettings] = Field(min_length=1, max_length=1000)
+    settle: Annotated[SettleSettings, BeforeValidator(_not_adaptive)] = Field(
+        default_factory=SettleSettings
+    )
+
+
+class AgreementEscrows(Table):
+    """`escrows`: the deposits by role. Both patterns of this version draw on `main` alone."""
+
+    main: EscrowId
+
+
+class AgreementSettings(Table):
+    """`[[agreements]]`: a payer under a plan. Without an id, the escrow's id is the agreement's."""
+
+    id: Name
+    plan: Name
+    payer: Line = ""
+    escrows: AgreementEscrows
+
+    @model_validator(mode="before")
+    @classmethod
+    def _id_of_the_escrow(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        escrows = given.get("escrows")
+        main = escrows.get("main") if isinstance(escrows, dict) else None
+        # An escrow that will be refused is one mistake, not one more for an id that nobody wrote.
+        good = isinstance(main, str) and re.search(ESCROW_ID, main)
+        return {"id": main if good else "unknown", **given}
+
+
+class MetricsSettings(Table):
+    """`[metrics]`: which labels the metrics carry."""
+
+    per_agreement: bool = False
+
+
+class Settings(Table):
+    """The whole configuration, checked."""
+
+    daemon: DaemonSettings = Field(default_factory=DaemonSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
+    escrow: EscrowSettings
+    sources: Listed[SourceSettings] = ()
+    meters: dict[Name, MeterSettings] = Field(default_factory=dict)
+    plans: dict[Name, PlanSettings] = Field(default_factory=dict)
+    agreements: Listed[AgreementSettings] = ()
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+
+    def secrets(self) -> Iterator[str]:
+        """Every text in here that must never be printed, passwords inside addresses included."""
+        yield self.escrow.api_key.reveal()
+        yield from (entry.token.reveal() for entry in self.http.tokens)
+        for source in self.sources:
+            if isinstance(source, MqttSourceSettings):
+                if source.password is not None:
+                    yield source.password.reveal()
+            elif password := urlsplit(source.url.reveal()).password:
+                yield password
+                yield unquote(password)

@@ -1,0 +1,356 @@
+"""What stands behind a `=`: durations, sizes, money, addresses and secrets, each read by rule.
+
+The rule: a value is read whole or refused with a sentence that says what to write instead. Money
+and quantities go from their text to scaled integers without ever being a float, and no sentence
+repeats what was given for a secret.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from hmac import compare_digest
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from pydantic import BeforeValidator, PlainSerializer, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from meterd.core import money
+
+MASK = "***"
+SECRET_CHARS_MAX = 4096
+EXPONENT_MAX = 40  # Far beyond any price; writing out 1e999999999 would take all memory.
+PORT_MAX = 65_535
+
+
+REFUSED = "refused"
+
+
+def refuse(sentence: str, *, at: str = "") -> NoReturn:
+    """Refuse a value inside a validator.
+
+    `sentence` says what to write instead; `at` names the key inside the table where a whole table
+    is checked.
+    """
+    # Braces in the sentence (a topic template) would be taken for the template's own, hence the
+    # detour.
+    raise PydanticCustomError(REFUSED, "{sentence}", {"sentence": sentence, "at": at})
+
+
+# Durations and sizes
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Duration:
+    """A span of time in whole milliseconds; a type of its own, so that nobody takes it for s."""
+
+    ms: int
+
+    @property
+    def seconds(self) -> float:
+        """The same span as `asyncio` wants it."""
+        return self.ms / 1000
+
+    def __str__(self) -> str:
+        for unit, ms in reversed(_UNITS_MS.items()):
+            if self.ms % ms == 0 and self.ms:
+                return f"{self.ms // ms}{unit}"
+        return "0s"
+
+
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION = re.compile(r"([0-9]{1,9})(ms|s|m|h|d)\Z", re.ASCII)
+DURATION_MAX = Duration(3650 * _UNITS_MS["d"])
+
+
+def read_duration(value: object) -> Duration:
+    """Read "250ms", "30s", "5m", "24h" or "7d"; at most ten years."""
+    if isinstance(value, Duration):
+        return value
+    match = _DURATION.match(value) if isinstance(value, str) else None
+    if match is None:
+        refuse('write a duration in quotes, such as "250ms", "30s", "5m", "24h" or "7d"')
+    duration = Duration(int(match[1]) * _UNITS_MS[match[2]])
+    if duration > DURATION_MAX:
+        refuse(f'write at most "{DURATION_MAX}"')
+    return duration
+
+
+def read_positive_duration(value: object) -> Duration:
+    """Read a duration that is longer than nothing."""
+    duration = read_duration(value)
+    if duration.ms == 0:
+        refuse('write a duration longer than zero, such as "1s"')
+    return duration
+
+
+_SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_SIZE = re.compile(r"([0-9]{1,9})(B|KiB|MiB|GiB)\Z", re.ASCII)
+
+
+def read_size(value: object) -> int:
+    """Read "64KiB" or "1MiB", or a whole number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match is None or int(match[1]) == 0:
+        refuse('write a size in quotes, such as "64KiB" or "1MiB"')
+    return int(match[1]) * _SIZES[match[2]]
+
+
+# Money and quantities
+
+
+def _plain_decimal(value: object, example: str) -> str:
+    """Write what TOML made of a number in plain notation, or refuse it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**16:
+        return str(value)
+    if isinstance(value, Decimal) and value.is_finite():
+        exponent = value.as_tuple().exponent
+        assert isinstance(exponent, int)  # Only NaN and the infinities have letters there.
+        if abs(exponent) <= EXPONENT_MAX and abs(value.adjusted()) <= EXPONENT_MAX:
+            return format(value, "f")
+    refuse(f'write a plain decimal in quotes, such as "{example}"')
+
+
+def _read_number(value: object, *, decimals: int, example: str) -> int:
+    text = _plain_decimal(value, example)
+    if text.startswith("-"):
+        refuse(f'must be greater than 0; write for example "{example}"')
+    try:
+        scaled = money.parse_scaled(text, decimals)
+    except money.BadNumber as error:
+        refuse(f'{error}; write at most {decimals} decimals in quotes, such as "{example}"')
+    if scaled == 0:
+        refuse(f'must be greater than 0; write for example "{example}"')
+    return scaled
+
+
+def read_amount(value: object) -> int:
+    """Read an amount of USDC greater than 0, at most 6 decimals, as micros."""
+    return _read_number(value, decimals=money.AMOUNT_DECIMALS, example="0.10")
+
+
+def read_price(value: object) -> int:
+    """Read a price in USDC greater than 0, at most 12 decimals, as picos."""
+    return _read_number(value, decimals=money.PRICE_DECIMALS, example="0.002")
+
+
+def read_quantity(value: object) -> int:
+    """Read a quantity greater than 0, at most 1e15 and 9 decimals, as nanos."""
+    nanos = _read_number(value, decimals=money.QUANTITY_DECIMALS, example="100")
+    if nanos > money.QUANTITY_MAX * money.NANOS:
+        refuse("must be at most 1000000000000000 (1e15)")
+    return nanos
+
+
+# Addresses and paths
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen: a host name or IP address, and a port (0: any that is free)."""
+
+    host: str
+    port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only programs on this machine can connect."""
+        return is_loopback(self.host)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` is this machine by its name or its number; no resolver is asked."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})\Z", re.ASCII)
+
+
+def read_address(value: object) -> Address:
+    """Read "127.0.0.1:8787", "localhost:8787" or "[::1]:8787"."""
+    if isinstance(value, Address):
+        return value
+    match = _ADDRESS.match(value) if isinstance(value, str) else None
+    if match is None or int(match[3]) > PORT_MAX:
+        refuse('write host and port in quotes, such as "127.0.0.1:8787" or "[::1]:8787"')
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def read_path(value: object) -> Path:
+    """Read a path; a relative one starts in the directory in which meterd was started."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value or "\0" in value:
+        refuse("write a path in quotes")
+    return Path(value)
+
+
+# Secrets
+
+
+class Secret:
+    """A text that nobody may see: it is printed as `***`, and refuses to be pickled."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself, for the one line of code that sends it to whom it belongs."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return MASK
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return compare_digest(self._text.encode(), other._text.encode())
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not written anywhere")
+
+
+def read_secret(value: object) -> Secret:
+    """Read a secret that may hold any character (a password)."""
+    if isinstance(value, Secret):
+        return value
+    if not isinstance(value, str):
+        refuse("write the text in quotes")
+    if not value or len(value) > SECRET_CHARS_MAX:
+        refuse(f"must have between 1 and {SECRET_CHARS_MAX} characters")
+    return Secret(value)
+
+
+def read_bearer(value: object, *, chars_min: int) -> Secret:
+    """Read a secret that travels in an HTTP header: visible ASCII, so that it cannot end it."""
+    secret = read_secret(value)
+    text = secret.reveal()
+    if not all("!" <= char <= "~" for char in text):
+        refuse("may hold only visible ASCII characters, without blanks or line ends")
+    if len(text) < chars_min:
+        refuse(f"must have at least {chars_min} characters")
+    return secret
+
+
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+def read_redis_url(value: object) -> Secret:
+    """Read a Redis address; it is a secret because it may hold a password."""
+    secret = read_secret(value)
+    if not secret.reveal().startswith(REDIS_SCHEMES):
+        refuse('write an address such as "redis://127.0.0.1:6379/0", "rediss://…" or "unix://…"')
+    return secret
+
+
+TOKEN_CHARS_MIN = 16  # Shorter ones can be guessed over a network.
+
+_DURATION_SCHEMA = {"type": "string", "pattern": "^[0-9]{1,9}(ms|s|m|h|d)$"}
+_DECIMAL_SCHEMA = {"type": ["string", "number"], "pattern": "^[0-9]+(\\.[0-9]+)?$"}
+_TEXT = PlainSerializer(str, when_used="json")
+_SECRET_SCHEMA = WithJsonSchema({"type": "string", "writeOnly": True})
+
+
+def _decimal_text(scaled: int, decimals: int) -> str:
+    return money.format_scaled(scaled, decimals)
+
+
+def _decimal(decimals: int) -> PlainSerializer:
+    return PlainSerializer(partial(_decimal_text, decimals=decimals), when_used="json")
+
+
+Span = Annotated[
+    Duration, BeforeValidator(read_positive_duration), WithJsonSchema(_DURATION_SCHEMA), _TEXT
+]
+SpanOrZero = Annotated[
+    Duration, BeforeValidator(read_duration), WithJsonSchema(_DURATION_SCHEMA), _TEXT
+]
+Size = Annotated[
+    int,
+    BeforeValidator(read_size),
+    WithJsonSchema({"type": ["string", "integer"], "pattern": "^[0-9]+(B|KiB|MiB|GiB)$"}),
+]
+Micros = Annotated[
+    int,
+    BeforeValidator(read_amount),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.AMOUNT_DECIMALS),
+]
+Picos = Annotated[
+    int,
+    BeforeValidator(read_price),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.PRICE_DECIMALS),
+]
+Nanos = Annotated[
+    int,
+    BeforeValidator(read_quantity),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.QUANTITY_DECIMALS),
+]
+ListenAddress = Annotated[
+    Address,
+    BeforeValidator(read_address),
+    WithJsonSchema({"type": "string", "pattern": ":[0-9]{1,5}$"}),
+    _TEXT,
+]
+FilePath = Annotated[
+    Path, BeforeValidator(read_path), WithJsonSchema({"type": "string", "minLength": 1}), _TEXT
+]
+Password = Annotated[Secret, BeforeValidator(read_secret), _SECRET_SCHEMA, _TEXT]
+ApiKey = Annotated[
+    Secret, BeforeValidator(partial(read_bearer, chars_min=1)), _SECRET_SCHEMA, _TEXT
+]
+Token = Annotated[
+    Secret,
+    BeforeValidator(partial(read_bearer, chars_min=TOKEN_CHARS_MIN)),
+    _SECRET_SCHEMA,
+    _TEXT,
+]
+RedisUrl = Annotated[Secret, BeforeValidator(read_redis_url), _SECRET_SCHEMA, _TEXT]
+
+# Escrow ids are put into addresses; anything else in them could name another call.
+ESCROW_ID = r"^[A-Za-z0-9_-]{1,64}$"
+# Names become labels, levels of topics and parts of addresses.
+NAME = r"^[A-Za-z0-9_.:-]{1,128}$"
+LINE = r"^[^\x00-\x1f\x7f]{0,256}$"
+HEADER = r"^[A-Za-z0-9-]{1,64}$"
+JSON_PATH = r"^\$[^\x00-\x1f\x7f]{0,255}$"
+
+# What to write instead, for each of the patterns above.
+PATTERN_SENTENCES = {
+    ESCROW_ID: "write 1 to 64 letters, digits, _ or -",
+    NAME: "write 1 to 128 letters, digits, _ . : or -",
+    LINE: "write one line of at most 256 characters",
+    HEADER: "write the name of an HTTP header, such as Idempotency-Key",
+    JSON_PATH: 'write a JSONPath that begins with $, such as "$.usage.total_tokens"',
+}
+
+EscrowId = Annotated[str, StringConstraints(pattern=ESCROW_ID)]
+Name = Annotated[str, StringConstraints(pattern=NAME)]
+Line = Annotated[str, StringConstraints(pattern=LINE)]
+HeaderName = Annotated[str, StringConstraints(pattern=HEADER)]
+JsonPath = Annotated[str, StringConstraints(pattern=JSON_PATH)]

@@ -1,0 +1,853 @@
+"""The configuration: what it takes, what it refuses, and that it says so all at once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as tried
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError, create_model
+from pydantic_core import PydanticUndefined
+
+from meterd import config
+from meterd.config import Address, Duration, Secret, values
+from meterd.config.settings import (
+    TOPIC_FIELDS,
+    AgreementSettings,
+    MeterSettings,
+    MqttSourceSettings,
+    PlanSettings,
+    RateSettings,
+    RedisSourceSettings,
+    Settings,
+    SettleSettings,
+    Table,
+    TokenSettings,
+)
+from meterd.config.shape import keys_of, shape_of
+from meterd.core import money
+from meterd.errors import ConfigurationError, Mistake
+from meterd.sources.mqtt import TopicTemplate
+
+REPOSITORY = Path(__file__).parents[2]
+GOOD = REPOSITORY / "tests" / "config" / "good"
+BAD = REPOSITORY / "tests" / "config" / "bad"
+EXAMPLES = REPOSITORY / "config"
+
+CANARY = "pf_live_canary_hunter2"
+KEY = {"METERD_ESCROW__API_KEY": CANARY}
+
+# Each bad file with its mistakes: the key, and a part of the sentence that says what to write.
+EXPECTED: dict[str, list[tuple[str, str]]] = {
+    "adaptive_thresholds": [
+        (
+            "plans.calls.settle",
+            'is not available in this version; write settle = { amount = "0.50"',
+        ),
+    ],
+    "aggregation_of_a_later_version": [
+        ("meters.users.aggregation", '"unique" is not available in this version; write "sum" or'),
+        ("meters.calls.value", 'count counts events; remove it, or write aggregation = "sum"'),
+        ("meters.peak.value", 'write a JSONPath that begins with $, such as "$.usage.total_token'),
+    ],
+    "agreement_under_an_unknown_plan": [
+        ("agreements[0].plan", 'no plan "call"; write [plans.call]; did you mean "calls"?'),
+    ],
+    "agreement_without_an_escrow": [
+        ("agreements[0].escrows", 'is required; write escrows = { main = "esc_9a81c4" }'),
+        ("agreements[1].escrows.main", "write 1 to 64 letters, digits, _ or -"),
+        ("agreements[2].escrows.overage", "is not available in this version: write main"),
+    ],
+    "agreements_with_one_escrow": [
+        ("agreements[1].escrows.main", 'agreements[0] draws on "esc_1" too'),
+    ],
+    "agreements_with_one_id": [
+        ("agreements[1].id", 'agreements[0] has the id "one" too; write another id'),
+        ("agreements[2].id", '"esc_1" is the escrow of agreements[0]; write another id'),
+    ],
+    "amount_below_min_release": [
+        ("plans.calls.settle.amount", "is below min_release, which holds it back; raise it, or"),
+    ],
+    "brackets_without_end": [("configuration", "is nested too deeply; write it flatter")],
+    "duration_without_a_unit": [
+        ("daemon.drain_timeout", 'write a duration in quotes, such as "250ms", "30s", "5m"'),
+        ("dedupe.window", 'write a duration longer than zero, such as "1s"'),
+        ("escrow.observe_gap", "write a duration in quotes"),
+    ],
+    "escrow_service_in_the_clear": [
+        ("escrow.base_url", "sends the API key in the clear; write ht")
+    ],
+    "escrow_service_with_a_password": [
+        ("escrow.base_url", "write it without user, password, ? and #"),
+        ("escrow.paths.list", 'write a path that begins with /, such as "/escrow"'),
+        ("escrow.paths.release", "write a path that begins with / and has {id} once"),
+        ("escrow.idempotency_header", "write the name of an HTTP header"),
+    ],
+    "everything_at_once": [
+        ("daemon.drain_timeout", "write a duration in quotes"),
+        ("plans.calls.rates[0].price", "must be greater than 0"),
+        ("wallet", "is not available in this version"),
+        ("http.listen", "[::]:80 is open to other machines and no token is configured"),
+        ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true, or listen"),
+        ("plans.stream.rates[0].meter", 'no meter "call"; write [meters.call]; did you mean'),
+        ("plans.stream.settle", "write at least one of units, interval and amount"),
+        ("agreements[1].plan", 'there is no plan "stram"'),
+        ("agreements[1].escrows.main", 'agreements[0] draws on "esc_1" too'),
+    ],
+    "key_of_another_source": [
+        ("sources[0].stream", "there is no such key; known are allow_anonymous, allow_qos0, batch"),
+        ("sources[1].url", 'write an address such as "redis://127.0.0.1:6379/0"'),
+        ("sources[1].topic", "there is no such key; known are batch, block, group, kind, mode"),
+    ],
+    "key_twice": [("line 3, column 15", "this key stands here a second time; remove one")],
+    "listen_without_a_port": [("http.listen", 'write host and port in quotes, such as "127.0.0.1')],
+    "listening_to_all_without_tokens": [
+        ("http.listen", 'no token is configured; write "127.0.0.1:8787", or give http.tokens'),
+        ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true"),
+    ],
+    "min_release_above_release_max": [
+        ("plans.calls.settle.min_release", "is above escrow.release_max (0.50)"),
+    ],
+    "money_that_is_no_plain_decimal": [
+        ("escrow.quantum", "not a plain decimal such as 12 or 0.000001; write at most 6 decimals"),
+        ("escrow.release_max", "write a plain decimal in quotes"),
+        ("plans.calls.rates[0].price", "write a plain decimal in quotes"),
+        ("plans.calls.settle.amount", "not a plain decimal"),
+        ("plans.calls.settle.min_release", "write a plain decimal in quotes"),
+    ],
+    "money_with_too_many_decimals": [
+        (
+            "escrow.release_max",
+            'more than 6 decimals; write at most 6 decimals in quotes, such as "',
+        ),
+        ("plans.calls.rates[0].price", "more than 12 decimals; write at most 12 decimals"),
+    ],
+    "mqtt_files_without_tls": [
+        ("sources[0].tls", "is off, but ca_file given; write tls = true"),
+        ("sources[1].key_file", "cert_file and key_file belong together; write both or none"),
+        ("sources[2].username", "MQTT 3.1.1 takes no password without a user; write one"),
+    ],
+    "mqtt_topic_that_tells_nothing": [
+        ("sources[0].topic", "such as meterd/usage/{escrow_id}/{meter}, without #"),
+        ("sources[1].topic", 'leave $share out here and write share = "NAME"'),
+        ("sources[2].topic", '"id-{escrow_id}" is no whole level of {escrow_id}, {agreement}'),
+    ],
+    "no_toml": [("line 4, column 25", 'stand in quotes, such as interval = "60s"')],
+    "no_toml_at_the_end": [("line 2, column 14", "close the text with a quote on the line")],
+    "number_out_of_range": [
+        ("http.pending_max", "write at most 10000000"),
+        ("escrow.concurrency", "write at least 1"),
+    ],
+    "number_without_end": [("configuration", "too many digits; write a shorter one")],
+    "pattern_misspelt": [
+        ("plans.calls.pattern", 'there is no pattern "straming"; did you mean "streaming"?'),
+    ],
+    "pattern_of_a_later_version": [
+        (
+            "plans.calls.pattern",
+            '"subscription" is not available in this version; write "streaming" or "pay_per_token"',
+        ),
+    ],
+    "per_below_one": [("plans.calls.rates[0].per", "write at least 1")],
+    "plan_that_never_settles": [
+        ("plans.calls.settle", "has no threshold, so nothing would be paid before the deadline"),
+    ],
+    "plan_without_rates": [
+        ("plans.calls.rates", "write at least 1 of them"),
+        ('plans."a b"', "write 1 to 128 letters, digits, _ . : or -"),
+        ('plans."a b".rates', 'is required; write rates = [{ meter = "tokens", price = "0.002" }]'),
+    ],
+    "price_of_nothing": [
+        ("plans.calls.rates[0].price", 'must be greater than 0; write for example "0.002"'),
+        ("plans.calls.rates[1].price", "must be greater than 0"),
+    ],
+    "rate_of_a_later_model": [
+        ("plans.calls.rates[0].model", '"graduated" is not available in this version; write "st'),
+        ("plans.calls.rates[0].tiers", "is not available in this version: write price, and model"),
+    ],
+    "rate_of_an_unknown_meter": [
+        (
+            "plans.calls.rates[0].meter",
+            'no meter "cals"; write [meters.cals]; did you mean "calls"',
+        ),
+    ],
+    "rate_that_never_matches": [
+        (
+            "plans.calls.rates[1]",
+            "never matches, since rates[0] of the same meter takes every even",
+        ),
+    ],
+    "release_max_below_quantum": [("escrow.release_max", "is below quantum")],
+    "secret_in_a_missing_file": [
+        ("http.tokens[0].token_file", "cannot read no/such/token: No such file or directory"),
+        ("escrow.api_key_file", "cannot read no/such/file: No such file or directory; write the"),
+    ],
+    "secret_that_ends_a_header": [("escrow.api_key", "may hold only visible ASCII characters")],
+    "secret_twice": [("escrow.api_key_file", "stands beside api_key; write one of the two")],
+    "source_of_no_kind": [
+        ("sources[0]", 'write kind = "redis" or kind = "mqtt"'),
+        ("sources[1]", 'there is no kind "reddis"; did you mean "redis"?'),
+        ("sources[2]", "needs no entry: POST /v1/events is served at http.listen; remove"),
+    ],
+    "sources_with_one_name": [
+        ("sources[1].name", 'sources[0] is named "redis" too; write another')
+    ],
+    "sources_with_one_session": [
+        ("sources[1].client_id", 'sources[0] is "meterd" at the same broker too'),
+    ],
+    "store_of_a_later_version": [
+        ("store.kind", 'store "redis" is not available in this version; write "sqlite"'),
+        ("store.url", "is not available in this version: remove it"),
+    ],
+    "stream_without_batches": [
+        (
+            "plans.calls.settle",
+            "write at least one of units, interval and amount, such as settle =",
+        ),
+    ],
+    "table_of_another_type": [
+        ("log", "write a table of key = value"),
+        ("sources", "write a list in [ ]"),
+        ("plans", "write a table of key = value"),
+    ],
+    "tables_of_a_later_version": [
+        ("wallet", "is not available in this version: no plan of it draws on a wallet"),
+        ("discover", "is not available in this version: name each escrow in [[agreements]]"),
+    ],
+    "token_that_can_be_guessed": [
+        ("http.tokens[1].token", "is required; write token_file, or token itself"),
+        ("http.tokens[0].token", "must have at least 16 characters"),
+        ("http.tokens[0].scopes", "write at least 1 of them"),
+        ("http.tokens[1].scopes[0]", 'write "ingest", "gate", "read" or "admin"'),
+    ],
+    "tokens_alike": [
+        ("http.tokens[1].name", 'an earlier token is named "a" too; write another name'),
+        ("http.tokens[1].token", "is the token of an earlier entry too; write one of its own"),
+    ],
+    "unknown_key": [
+        ("daemon.drain_timout", 'there is no such key; did you mean "drain_timeout"?'),
+        ("http.frobnicate", "known are behind_proxy, body_limit, listen, pending_max, tokens"),
+    ],
+    "unknown_table": [("escrw", 'there is no such key; did you mean "escrow"?')],
+    "value_of_another_type": [
+        ("log.level", 'write "debug", "info", "warning" or "error"'),
+        ("escrow.agent_id", "write text in quotes"),
+        ("escrow.voids_per_day", "write a whole number without quotes"),
+        ("escrow.strict", "write true or false without quotes"),
+        ("escrow.concurrency", "write a whole number without quotes"),
+    ],
+}
+
+
+def mistakes_in(text: str, environ: dict[str, str] | None = None) -> list[tuple[str, str]]:
+    with pytest.raises(ConfigurationError) as caught:
+        config.parse(text, KEY if environ is None else environ)
+    return [(mistake.key, mistake.message) for mistake in caught.value.mistakes]
+
+
+# Files
+
+
+@pytest.mark.parametrize("file", sorted(GOOD.glob("*.toml")), ids=lambda file: file.stem)
+def test_load_takes_a_good_file_without_a_word(file: Path):
+    """A good file loads, and nothing is said about it."""
+    notes: list[Mistake] = []
+
+    settings = config.load(file, KEY, warn=notes.append)
+
+    assert notes == []
+    assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_load_names_every_mistake_of_a_bad_file_with_its_key(name: str):
+    """Each bad file gives exactly its mistakes, all at once, each with what to write instead."""
+    file = BAD / f"{name}.toml"
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(file, {} if name.startswith("secret_") else KEY)
+    expected = EXPECTED[name]
+    found = [
+        (mistake.key, part if part in mistake.message else mistake.message)
+        for mistake, (_, part) in zip(
+            caught.value.mistakes, expected + [("", "\0")] * 20, strict=False
+        )
+    ]
+
+    assert expected == found
+    assert str(file) == caught.value.origin
+
+
+TEXTS = [
+    file.read_text()
+    for file in sorted([*GOOD.glob("*.toml"), *BAD.glob("*.toml"), *EXAMPLES.glob("*.toml")])
+    if not file.stem.endswith("without_end")
+]
+PIECES = [
+    *('"', "[", "]", "{}", "=", "'", "nan", "1979-05-27", "[1]", "true", "-1", "x", '"\\u0000"'),
+    *("\n[[sources]]\n", "\n[plans]\nx = 1\n", "kind = 3\n", "plans = {}\n", "[escrow]\n", "main"),
+]
+
+
+@tried(max_examples=300, deadline=None)
+@given(
+    text=st.sampled_from(TEXTS),
+    place=st.floats(min_value=0, max_value=1),
+    piece=st.sampled_from(PIECES) | st.text(max_size=3),
+    cut=st.integers(min_value=0, max_value=8),
+)
+def test_a_spoilt_file_is_settings_or_mistakes_with_sentences(
+    text: str, place: float, piece: str, cut: int
+):
+    """Whatever stands in a file, it loads or is refused in our words; it never breaks meterd."""
+    at = int(place * len(text))
+    sentences: list[str] = []
+    try:
+        config.parse(text[:at] + piece + text[at + cut :], KEY)
+    except ConfigurationError as error:
+        sentences = [mistake.message for mistake in error.mistakes]
+
+    assert not [sentence for sentence in sentences if "cannot be used" in sentence]
+
+
+def test_every_bad_file_is_expected_and_every_expected_one_exists():
+    """No bad file stands unused."""
+    assert sorted(EXPECTED) == sorted(file.stem for file in BAD.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_no_mistake_repeats_a_secret(name: str):
+    """Neither the mistakes nor the traceback behind them show what was given for a secret."""
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(BAD / f"{name}.toml", {} if name.startswith("secret_") else KEY)
+    error: BaseException | None = caught.value
+    shown = ""
+    while error is not None:
+        shown += str(error) + repr(error)
+        error = error.__cause__ or error.__context__
+
+    assert "hunter2" not in shown
+    assert "swordfish" not in shown
+    assert "0123456789abcdef" not in shown
+
+
+# Values
+
+
+def test_money_is_exact_integers_when_written_with_or_without_quotes():
+    """Texts, decimals and integers of TOML become micros, nanos and picos without rounding."""
+    settings = config.load(GOOD / "exact_decimals.toml", KEY)
+    plan = settings.plans["points"]
+
+    assert (settings.escrow.quantum_micros, settings.escrow.release_max_micros) == (1, 25_000_000)
+    assert plan.rates[0].price_picos == 1
+    assert (plan.settle.amount_micros, plan.settle.units_nanos) == (100_000, 500_000_000)
+    assert Duration(250) == plan.settle.interval
+
+
+@given(micros=st.integers(min_value=1, max_value=10**15))
+def test_any_amount_comes_back_as_the_same_micros_in_both_notations(micros: int):
+    """No amount is changed by its way through quotes or through TOML's own decimals."""
+    text = money.format_amount(micros)
+
+    assert micros == values.read_amount(text)
+    assert micros == values.read_amount(Decimal(text))
+
+
+@given(text=st.text(max_size=20) | st.from_regex(r"-?[0-9]{1,20}([.][0-9]{1,15})?(e[0-9]{1,9})?"))
+def test_any_text_for_a_price_is_a_price_or_a_refusal(text: str):
+    """Free text never ends as anything but a positive price or a sentence."""
+    adapter = TypeAdapter(values.Picos)
+    try:
+        price = adapter.validate_python(text)
+    except ValidationError:
+        return
+
+    assert price > 0
+    assert re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII)
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [
+        ("250ms", 250),
+        ("30s", 30_000),
+        ("5m", 300_000),
+        ("24h", 86_400_000),
+        ("7d", 604_800_000),
+        ("0s", 0),
+        ("3650d", 3650 * 86_400_000),
+    ],
+)
+def test_durations_are_whole_milliseconds(text: str, ms: int):
+    """Each unit is read exactly."""
+    duration = values.read_duration(text)
+
+    assert Duration(ms) == duration
+    assert ms / 1000 == duration.seconds
+    assert duration == values.read_duration(str(duration))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "5", "5 s", "-5s", "1.5s", "5S", "\u0665s", "5s\n", "3651d", 5, True, None, ["5s"]],
+)
+def test_what_is_no_duration_is_refused(given: object):
+    """Only digits and a unit are a duration, of at most ten years."""
+    with pytest.raises(ValidationError):
+        TypeAdapter(values.SpanOrZero).validate_python(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "loopback"),
+    [
+        ("127.0.0.1:8787", Address("127.0.0.1", 8787), True),
+        ("localhost:0", Address("localhost", 0), True),
+        ("[::1]:80", Address("::1", 80), True),
+        ("0.0.0.0:80", Address("0.0.0.0", 80), False),
+        ("[::]:80", Address("::", 80), False),
+        ("meterd.internal:80", Address("meterd.internal", 80), False),
+    ],
+)
+def test_addresses_know_whether_others_can_reach_them(text: str, address: Address, loopback: bool):
+    """Only a name or number of this very machine is loopback."""
+    read = values.read_address(text)
+
+    assert (address, loopback, text) == (read, read.is_loopback, str(read))
+
+
+@pytest.mark.parametrize(("given", "size"), [("64KiB", 65_536), ("1MiB", 1 << 20), (10, 10)])
+def test_sizes_are_bytes(given: object, size: int):
+    """A size is a number of bytes or a text with its unit."""
+    assert size == values.read_size(given)
+
+
+def test_secrets_show_as_stars_wherever_they_are_printed():
+    """No way to print settings shows a secret."""
+    settings = config.load(GOOD / "every_source.toml", KEY)
+    shown = (
+        f"{settings} {settings!r} {settings.escrow.api_key} {settings.model_dump()}"
+        f" {settings.model_dump_json()}"
+    )
+
+    assert "***" in shown
+    assert "hunter2" not in shown
+    assert "p%40ss" not in shown
+
+
+def test_secrets_refuse_to_be_pickled_and_compare_by_their_text():
+    """A secret cannot be written out by accident, and two of the same text are equal."""
+    with pytest.raises(TypeError):
+        pickle.dumps(Secret(CANARY))
+
+    assert Secret("a") == Secret("a") != Secret("b")
+    assert Secret("a") != "a"
+    assert len({Secret("a"), Secret("a")}) == 1
+
+
+def test_settings_list_their_secrets_for_the_mask():
+    """Everything to hide is listed, a password inside an address in both of its forms."""
+    secrets = list(config.load(GOOD / "every_source.toml", KEY).secrets())
+
+    assert secrets == [CANARY, "p%40ss", "p@ss", "hunter2 hunter2"]
+
+
+def test_settings_cannot_be_changed():
+    """Settings are facts."""
+    settings = config.parse("", KEY)
+
+    with pytest.raises(ValidationError):
+        settings.escrow.strict = True
+
+
+def test_an_agreement_without_an_id_has_its_escrows_id():
+    """The id of the escrow serves where none is given."""
+    agreements = config.load(GOOD / "ids_of_agreements.toml", KEY).agreements
+
+    assert [agreement.id for agreement in agreements] == ["customer-1", "esc_2"]
+
+
+def test_mqtt_over_tls_has_its_own_port_unless_one_is_given():
+    """TLS moves the default port, never a given one."""
+    ports = [
+        source.port
+        for source in config.load(GOOD / "every_source.toml", KEY).sources
+        if isinstance(source, MqttSourceSettings)
+    ]
+
+    assert ports == [8883, 1883]
+    assert MqttSourceSettings(kind="mqtt", tls=True, port=1).port == 1
+
+
+@pytest.mark.parametrize(
+    "topic", ["", "/usage", "usage//{meter}", "usage/a+", "$SYS/x", "{meter}/{meter}", "{x}", "#"]
+)
+def test_a_topic_that_no_source_can_subscribe_to_is_refused(topic: str):
+    """What the source would stumble over is found before it is made."""
+    with pytest.raises(ValidationError):
+        MqttSourceSettings(kind="mqtt", topic=topic)
+    with pytest.raises(ValueError, match=r"level|field|none of"):
+        TopicTemplate.parse(topic)
+
+
+def test_both_sides_know_the_same_fields_of_a_topic():
+    """What the configuration lets through, the source can read."""
+    template = TopicTemplate.parse("/".join(TOPIC_FIELDS))
+
+    assert template.names == {name.strip("{}") for name in TOPIC_FIELDS}
+
+
+def test_a_deadline_that_is_too_close_for_a_doubt_is_noted_only():
+    """A chosen before_deadline below twice the quarantine loads, with a word about it."""
+    notes: list[Mistake] = []
+    text = (
+        (GOOD / "ids_of_agreements.toml")
+        .read_text()
+        .replace("escrow_percent = 5", 'escrow_percent = 5, before_deadline = "20m"')
+    )
+
+    config.parse(text, KEY, warn=notes.append)
+
+    assert [note.key for note in notes] == ["plans.calls.settle.before_deadline"]
+
+
+# Where the file is
+
+
+def test_the_file_is_searched_from_the_option_to_the_system(tmp_path: Path):
+    """The option wins over the environment, that over the working directory, that over /etc."""
+    here, system = tmp_path / "meterd.toml", tmp_path / "etc.toml"
+    searched = (here, system)
+    system.touch()
+    from_system = config.find(None, {}, searched)
+    here.touch()
+
+    assert system == from_system
+    assert here == config.find(None, {}, searched)
+    assert Path("env.toml") == config.find(None, {"METERD_CONFIG": "env.toml"}, searched)
+    assert Path("c.toml") == config.find(Path("c.toml"), {"METERD_CONFIG": "env.toml"}, searched)
+
+
+def test_without_a_file_the_error_says_how_to_get_one(tmp_path: Path):
+    """The next command stands in the error, for a search and for a name."""
+    with pytest.raises(ConfigurationError, match=r"meterd config example > meterd\.toml"):
+        config.load(None, KEY, searched=(tmp_path / "none.toml",))
+    with pytest.raises(ConfigurationError, match=r"meterd config example > meterd\.toml") as caught:
+        config.load(tmp_path / "none.toml", KEY)
+
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"[log]\n# \xff\n", "is not UTF-8 in line 2"),
+        ("[log]".encode("utf-16"), "is not UTF-8 in line 1"),
+        (b"#" * (5 << 20), "is larger than 4 MiB"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes, part: str):
+    """Bytes that are no UTF-8, or too many, are one clear mistake."""
+    file = tmp_path / "meterd.toml"
+    file.write_bytes(content)
+
+    with pytest.raises(ConfigurationError, match=part):
+        config.load(file, KEY)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path):
+    """Editors that put a mark in front are forgiven."""
+    file = tmp_path / "meterd.toml"
+    file.write_bytes(b'\xef\xbb\xbf[log]\r\nlevel = "debug"\r\n')
+
+    assert config.load(file, KEY).log.level == "debug"
+
+
+# Environment
+
+
+def test_the_environment_replaces_keys_by_the_type_that_they_have():
+    """Texts, numbers, booleans, money, durations, lists, nested tables: each as its key wants."""
+    settings = config.parse(
+        '[escrow]\nstrict = false\n[meters."a.b"]\n[[sources]]\nkind = "mqtt"\nname = "edge-1"\n',
+        {
+            **KEY,
+            "METERD_HTTP__LISTEN": "127.0.0.1:0",
+            "METERD_ESCROW__STRICT": "true",
+            "METERD_ESCROW__CONCURRENCY": "3",
+            "METERD_ESCROW__RELEASE_MAX": "2.50",
+            "METERD_ESCROW__MIN_INTERVAL": "0s",
+            "METERD_ESCROW__AGENT_ID": "007",
+            "METERD_ESCROW__PATHS__LIST": "/all",
+            "METERD_SOURCES__EDGE_1__PASSWORD": "12345678",
+            "METERD_METERS__A_B__UNIT": "token",
+            "METERD_HTTP__TOKENS": '[{name="a", token="0123456789abcdef", scopes=["read"]}]',
+        },
+    )
+    source = settings.sources[0]
+
+    assert Address("127.0.0.1", 0) == settings.http.listen
+    assert (
+        settings.escrow.strict,
+        settings.escrow.concurrency,
+        settings.escrow.release_max_micros,
+    ) == (True, 3, 2_500_000)
+    assert (Duration(0), "007") == (settings.escrow.min_interval, settings.escrow.agent_id)
+    assert settings.escrow.paths.list == "/all"
+    assert isinstance(source, MqttSourceSettings)
+    assert Secret("12345678") == source.password
+    assert settings.meters["a.b"].unit == "token"
+    assert settings.http.tokens[0].scopes == ("read",)
+
+
+def test_a_bad_value_of_the_environment_is_named_with_its_variable():
+    """The mistake says where the value came from, since the file does not hold it."""
+    found = mistakes_in("", {**KEY, "METERD_ESCROW__CONCURRENCY": "many"})
+
+    assert found == [
+        (
+            "escrow.concurrency",
+            "write a whole number without quotes (given by METERD_ESCROW__CONCURRENCY)",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("METERD_HTTP__LISTN", 'did you mean "METERD_HTTP__LISTEN"?'),
+        ("METERD_ESCROW_API_KEY", 'did you mean "METERD_ESCROW__API_KEY"?'),
+        ("METERD_ESCROW__PATHS__LISTS", 'did you mean "METERD_ESCROW__PATHS__LIST"?'),
+        ("METERD_ESCROW__STRICT__NOW", 'did you mean "METERD_ESCROW__STRICT"?'),
+        ("METERD_DAEMON", "there is no such setting"),
+        ("METERD_", "meterd config example shows all there are"),
+        ("METERD_WALLET__BASE_URL", "is not available in this version"),
+        ("METERD_STORE__URL", "is not available in this version"),
+        ("METERD_SOURCES__EDGE__URL", 'the file has no entry of sources named "edge"'),
+    ],
+)
+def test_an_unknown_name_of_the_environment_is_a_mistake(name: str, part: str):
+    """A misspelt variable never passes for nothing; the nearest name is given."""
+    found = mistakes_in("", {**KEY, name: "true"})
+
+    assert [name] == [key for key, _ in found]
+    assert part in found[0][1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "METERD_CONFIG",
+        "METERD_SERVICE_HOST",
+        "METERD_SERVICE_PORT",
+        "METERD_SERVICE_PORT_HTTP",
+        "METERD_PORT",
+        "METERD_PORT_8787_TCP",
+        "METERD_PORT_8787_TCP_ADDR",
+        "METERD_SANDBOX_SERVICE_HOST",
+        "METEROLOGY",
+        "PATH",
+    ],
+)
+def test_names_that_others_set_are_left_alone(name: str):
+    """What Kubernetes sets for a service called meterd does not stop the daemon."""
+    assert config.parse("", {**KEY, name: "x"}) == config.parse("", KEY)
+
+
+# Secret files
+
+
+def test_a_secret_comes_from_its_file_without_the_line_end(tmp_path: Path):
+    """One trailing line end is no part of the secret; a private file gives no warning."""
+    file = tmp_path / "key"
+    file.write_text(CANARY + "\n")
+    file.chmod(0o600)
+    notes: list[Mistake] = []
+
+    settings = config.parse(f"[escrow]\napi_key_file = '{file}'\n", {}, warn=notes.append)
+
+    assert settings.escrow.api_key.reveal() == CANARY
+    assert notes == []
+
+
+def test_a_secret_file_that_everybody_can_read_is_a_warning(tmp_path: Path):
+    """The daemon starts all the same, and says what to run."""
+    file = tmp_path / "key"
+    file.write_text(CANARY)
+    file.chmod(0o644)
+    notes: list[Mistake] = []
+
+    config.parse("", {"METERD_ESCROW__API_KEY_FILE": str(file)}, warn=notes.append)
+
+    assert [f"escrow.api_key_file: {file} can be read by every user; run: chmod o-r {file}"] == [
+        str(note) for note in notes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "part"),
+    [
+        (b"", "escrow.api_key_file", "is empty"),
+        (b"\n", "escrow.api_key_file", "is empty"),
+        (b"\xff\xfe", "escrow.api_key_file", "is no UTF-8 text"),
+        (b"x" * 5000, "escrow.api_key_file", "holds more than 4096 characters"),
+        (b"hunter2\nhunter2\n", "escrow.api_key", "may hold only visible ASCII characters"),
+    ],
+)
+def test_a_secret_file_that_holds_no_secret_is_a_mistake(
+    tmp_path: Path, content: bytes, key: str, part: str
+):
+    """Whatever is wrong with the file is said, and nothing of what it holds."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    found = mistakes_in(f"[escrow]\napi_key_file = '{file}'\n", {})
+
+    assert [key] == [each for each, _ in found]
+    assert part in found[0][1]
+    assert str(file) in found[0][1]
+    assert "hunter2" not in found[0][1]
+
+
+def test_the_environment_wins_over_a_secret_file_and_a_file_over_a_secret(tmp_path: Path):
+    """Secret and file replace each other when one comes from the environment."""
+    file = tmp_path / "key"
+    file.write_text("from-file")
+    by_text = config.parse("[escrow]\napi_key_file = 'none'\n", KEY)
+    by_file = config.parse(
+        '[escrow]\napi_key = "in-toml"\n', {"METERD_ESCROW__API_KEY_FILE": str(file)}
+    )
+
+    assert by_text.escrow.api_key.reveal() == CANARY
+    assert by_file.escrow.api_key.reveal() == "from-file"
+
+
+def test_a_missing_api_key_says_both_ways_to_give_it():
+    """The one key without a default is asked for, file or environment."""
+    assert mistakes_in("", {}) == [
+        ("escrow.api_key", "is required; write api_key_file, or set METERD_ESCROW__API_KEY")
+    ]
+
+
+# The example and the schema
+
+
+def test_the_example_loads_cleanly_and_stands_in_the_repository():
+    """`meterd config example` is config/meterd.toml, and works once it is given a key."""
+    notes: list[Mistake] = []
+
+    settings = config.parse(config.example(), KEY, warn=notes.append)
+
+    assert notes == []
+    assert (EXAMPLES / "meterd.toml").read_bytes() == config.example().encode()
+    assert list(settings.plans) == ["tokens"]
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_shipped_configuration_loads_cleanly(file: Path):
+    """Nothing that is shipped as an example has a mistake or earns a note."""
+    notes: list[Mistake] = []
+
+    config.load(file, KEY, warn=notes.append)
+
+    assert notes == []
+
+
+_COMMENTED_OUT = re.compile(r"# (\[[a-z.\[\]]+\]|[a-z0-9_]+ = .+)")
+
+
+def uncommented() -> str:
+    return "\n".join(
+        found[1] if (found := _COMMENTED_OUT.fullmatch(line)) else line
+        for line in config.example().splitlines()
+    )
+
+
+def tables_of_the_example() -> Iterator[tuple[str, type[Table], dict[str, object]]]:
+    raw = tomllib.loads(uncommented(), parse_float=Decimal)
+    for name, field in keys_of(Settings).items():
+        shape = shape_of(field)
+        if shape.container is None:
+            yield name, shape.tables[""], raw[name]
+    yield "http.tokens", TokenSettings, raw["http"]["tokens"][0]
+    yield "escrow.paths", config.EscrowPaths, raw["escrow"]["paths"]
+    yield "sources.redis", RedisSourceSettings, raw["sources"][0]
+    yield "sources.mqtt", MqttSourceSettings, raw["sources"][1]
+    yield "meters", MeterSettings, raw["meters"]["tokens"]
+    yield "plans", PlanSettings, raw["plans"]["tokens"]
+    yield "plans.rates", RateSettings, raw["plans"]["tokens"]["rates"][0]
+    yield "plans.settle", SettleSettings, raw["plans"]["tokens"]["settle"]
+    yield "agreements", AgreementSettings, raw["agreements"][0]
+
+
+@pytest.mark.parametrize(
+    ("model", "table"),
+    [pytest.param(model, table, id=name) for name, model, table in tables_of_the_example()],
+)
+def test_the_example_has_every_key_with_its_default(model: type[Table], table: dict[str, object]):
+    """Each key of each table stands in the example, with its default where it has one."""
+    fields = keys_of(model)
+    written = {}
+    defaults = {}
+    for key, field in fields.items():
+        default = field.get_default(call_default_factory=True)
+        shape = shape_of(field)
+        illustrated = default in (PydanticUndefined, None) or (model, key) in ILLUSTRATED
+        if not (illustrated or shape.tables):
+            one = create_model("One", __base__=Table, value=(field.rebuild_annotation(), ...))
+            written[key] = one.model_validate({"value": table[key]}).value
+            defaults[key] = default
+
+    assert set(fields) == set(table)
+    assert defaults == written
+
+
+# Keys whose line in the example shows a use instead of the default.
+ILLUSTRATED = {(RateSettings, "per")}
+
+
+def test_every_key_of_the_example_has_its_comment():
+    """The line above each key, or above its table, says what it is for."""
+    lines = config.example().splitlines()
+    bare = [
+        line
+        for above, line in zip(["", *lines], lines, strict=False)
+        if (_COMMENTED_OUT.fullmatch(line) or re.match(r"[a-z0-9_]+ = ", line))
+        and "[[" not in line
+        and not (above.startswith("# ") and not _COMMENTED_OUT.fullmatch(above))
+    ]
+
+    assert bare == []
+
+
+def test_the_schema_describes_the_keys_of_the_file():
+    """Editors get a JSON Schema in the file's own keys, which asks for no secret."""
+    schema = config.schema()
+
+    assert set(keys_of(Settings)) == set(schema["properties"])
+    assert "api_key" not in schema["$defs"]["EscrowSettings"].get("required", [])
+    assert {"price", "per"} < set(schema["$defs"]["RateSettings"]["properties"])
+    assert schema == json.loads(json.dumps(schema))
+
+
+def test_importing_the_configuration_brings_no_other_room():
+    """The configuration depends on core and errors alone, and on no slow library but pydantic."""
+    script = (
+        "import sys, meterd.config;"
+        "print(*sorted(m for m in sys.modules if m.split('.')[0] in"
+        " {'meterd', 'asyncio', 'numpy', 'aiohttp', 'structlog', 'rich'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    rooms = {name for name in done.stdout.split() if not name.startswith("meterd.config")}
+
+    assert rooms == {"meterd", "meterd.core", "meterd.core.money", "meterd.errors"}
