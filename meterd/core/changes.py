@@ -1,0 +1,118 @@
+"""What one commit holds: the effects of a batch, a settlement step or a person's act, as rows.
+
+Counters and states are written as they are afterwards, never as differences, so that writing a
+change twice is writing it once. Changes are committed in the order in which they were made; several
+may share one commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from meterd.core.settlement import Escrow, Release
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementRow:
+    """An agreement and its sums; `units` and `unsettled_since` serve the thresholds."""
+
+    id: str
+    plan: str
+    payer: str
+    origin: str  # "config" or "api": who bound it.
+    escrows: tuple[tuple[str, str], ...]  # (role, escrow id)
+    closing: bool
+    opened_at: int  # Wall ms.
+    accrued: Fraction  # Exact USDC.
+    events: int
+    units: int  # Nanos of all its meters together.
+    unsettled_since: int  # Wall ms of the oldest usage that no release was intended for; 0: none.
+
+
+@dataclass(frozen=True, slots=True)
+class CounterRow:
+    """Usage of one agreement by card, meter and priced dimensions: all four are its key."""
+
+    agreement: str
+    # The rate card that priced it: a changed plan counts on a new card, so nothing is re-priced.
+    card: str
+    meter: str
+    dimensions: tuple[tuple[str, str], ...]  # Sorted by name.
+    quantity: int  # Nanos.
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardRow:
+    """A rate card, kept for ever: what was accrued under it can always be recomputed. Key: id."""
+
+    id: str  # Made of its content.
+    text: str  # JSON.
+
+
+@dataclass(frozen=True, slots=True)
+class MarkBlock:
+    """Identities of accepted events whose time lies in one hour, packed by `store.identities`."""
+
+    bucket: int  # Hours since the epoch.
+    count: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A rejected delivery, kept whole. The store's owner gives `number`, each one once."""
+
+    number: int
+    source: str
+    event_id: str
+    reason: str
+    detail: str
+    payload: bytes
+    # The transport's own id, and what its address said, so that a replay reads the same event.
+    transport_id: str
+    fields: tuple[tuple[str, str], ...]
+    received_at: int  # Wall ms.
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """An act that a person or a program must be able to look up later."""
+
+    at: int  # Wall ms.
+    actor: str
+    action: str
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One commit, or a part of one. Everything in it becomes durable together, or nothing of it."""
+
+    cards: tuple[CardRow, ...] = ()
+    agreements: tuple[AgreementRow, ...] = ()
+    counters: tuple[CounterRow, ...] = ()
+    marks: tuple[MarkBlock, ...] = ()
+    dead_letters: tuple[DeadLetter, ...] = ()
+    dead_letters_gone: tuple[int, ...] = ()
+    positions: tuple[tuple[str, str], ...] = ()  # (source, position)
+    escrows: tuple[Escrow, ...] = ()
+    releases: tuple[Release, ...] = ()
+    journal: tuple[JournalEntry, ...] = ()
+    marks_from: int | None = None  # Forget identities of earlier hours.
+
+
+@dataclass(slots=True)
+class State:
+    """All that a daemon finds in its store when it starts (identities apart)."""
+
+    cards: list[CardRow] = field(default_factory=list)
+    agreements: list[AgreementRow] = field(default_factory=list)
+    counters: list[CounterRow] = field(default_factory=list)
+    # With `release` (the open one) and `voids` filled in.
+    escrows: list[Escrow] = field(default_factory=list)
+    positions: dict[str, str] = field(default_factory=dict)
+    dead_letters: int = 0  # How many there are.
+    dead_letter_next: int = 1

@@ -1,0 +1,1 @@
+"""What must survive the process: the embedded store and the memory of seen events."""

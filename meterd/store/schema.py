@@ -1,0 +1,544 @@
+"""The tables of the embedded store, their versions, and the way of each fact to its row and back.
+
+The rule kept here: the database itself refuses what must never be. A second unfinished release of
+an escrow, an amount of zero, a release whose amount changes, a journal entry that is altered: no
+code above has to be right for these. Numbers that may pass 64 bits are stored as INTEGER where they
+fit and as decimal TEXT where they do not, never as REAL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain
+
+import msgspec
+
+from meterd.core.changes import (
+    AgreementRow,
+    CardRow,
+    Change,
+    CounterRow,
+    DeadLetter,
+    JournalEntry,
+    MarkBlock,
+)
+from meterd.core.settlement import UNFINISHED, Escrow, EscrowStatus, Release, ReleaseStatus
+from meterd.store import identities
+
+APPLICATION_ID = 0x6D747264  # "mtrd": tells this file from any other database.
+GENESIS = bytes(32)  # What the first journal entry is chained to.
+
+Value = int | str | bytes | None
+Row = tuple[Value, ...]
+
+
+def _words(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _count(column: str) -> str:
+    """A whole number >= 0 of any size: INTEGER, or decimal TEXT where that is too small."""
+    digits = f"typeof({column}) = 'text' AND {column} NOT GLOB '*[^0-9]*'"
+    whole = f"typeof({column}) = 'integer' AND {column} >= 0"
+    return f"{column} ANY NOT NULL CHECK (({whole}) OR ({digits}))"
+
+
+def _figure(column: str, null: str = " NOT NULL") -> str:
+    """A whole number of any size and sign."""
+    return f"{column} ANY{null} CHECK (typeof({column}) IN ('integer', 'text', 'null'))"
+
+
+_UNFINISHED = _words(UNFINISHED)
+
+_VERSION_1 = f"""
+CREATE TABLE setting (name TEXT NOT NULL PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE card (
+    id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''), text TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE agreement (
+    id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
+    plan TEXT NOT NULL,
+    payer TEXT NOT NULL,
+    origin TEXT NOT NULL CHECK (origin IN ('config', 'api')),
+    escrows TEXT NOT NULL,
+    closing INTEGER NOT NULL CHECK (closing IN (0, 1)),
+    opened_at INTEGER NOT NULL,
+    accrued TEXT NOT NULL CHECK (accrued GLOB '[0-9]*/[1-9]*'),
+    events INTEGER NOT NULL CHECK (events >= 0),
+    {_count("units")},
+    unsettled_since INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE counter (
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    card TEXT NOT NULL REFERENCES card (id) DEFERRABLE INITIALLY DEFERRED,
+    meter TEXT NOT NULL,
+    dimensions TEXT NOT NULL,
+    {_count("quantity")},
+    events INTEGER NOT NULL CHECK (events >= 0),
+    PRIMARY KEY (agreement, card, meter, dimensions)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE escrow (
+    id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    role TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ({_words(EscrowStatus)})),
+    reason TEXT NOT NULL,
+    closing INTEGER NOT NULL CHECK (closing IN (0, 1)),
+    {_figure("total")},
+    {_figure("baseline")},
+    {_count("settled")},
+    {_figure("credited")},
+    {_figure("observed")},
+    {_figure("remaining")},
+    service_status TEXT NOT NULL,
+    provider TEXT,
+    {_figure("deadline", "")},
+    quarantine_factor INTEGER NOT NULL CHECK (quarantine_factor >= 1),
+    {_count("units_settled")},
+    settled_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX escrow_of_agreement ON escrow (agreement);
+
+CREATE TABLE release (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE CHECK (id <> ''),
+    escrow TEXT NOT NULL REFERENCES escrow (id) DEFERRABLE INITIALLY DEFERRED,
+    amount INTEGER NOT NULL CHECK (amount > 0),
+    {_figure("before")},
+    status TEXT NOT NULL CHECK (status IN ({_words(ReleaseStatus)})),
+    why TEXT NOT NULL,
+    {_count("units")},
+    created_at INTEGER NOT NULL,
+    changed_at INTEGER NOT NULL,
+    history TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX release_unfinished ON release (escrow) WHERE status IN ({_UNFINISHED});
+CREATE INDEX release_absent ON release (escrow) WHERE status IN ('void', 'late');
+CREATE INDEX release_of_escrow ON release (escrow, number);
+CREATE INDEX release_by_status ON release (status, number);
+CREATE TRIGGER release_stays BEFORE UPDATE ON release
+WHEN new.escrow <> old.escrow OR new.amount <> old.amount OR new.before <> old.before
+BEGIN SELECT RAISE(ABORT, 'a release never changes its escrow or amount'); END;
+CREATE TRIGGER release_kept BEFORE DELETE ON release
+BEGIN SELECT RAISE(ABORT, 'a release is never deleted'); END;
+
+CREATE TABLE dead_letter (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    source TEXT NOT NULL,
+    event_id TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    payload BLOB NOT NULL,
+    transport_id TEXT NOT NULL,
+    fields TEXT NOT NULL,
+    received_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX dead_letter_by_reason ON dead_letter (reason, number);
+
+CREATE TABLE position (
+    source TEXT NOT NULL PRIMARY KEY, position TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE mark_block (
+    number INTEGER PRIMARY KEY,
+    bucket INTEGER NOT NULL CHECK (bucket >= 0),
+    count INTEGER NOT NULL CHECK (count > 0),
+    data BLOB NOT NULL CHECK (length(data) = count * {identities.MARK_BYTES})
+) STRICT;
+CREATE INDEX mark_block_of_bucket ON mark_block (bucket, count);
+
+CREATE TABLE journal (
+    number INTEGER PRIMARY KEY,
+    at INTEGER NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    hash BLOB NOT NULL CHECK (length(hash) = 32)
+) STRICT;
+CREATE TRIGGER journal_stays BEFORE UPDATE ON journal
+BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END;
+CREATE TRIGGER journal_kept BEFORE DELETE ON journal
+BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END;
+"""
+
+# Each step leads from the version that is its place in this list to the next one. A step that has
+# been published is never changed: stores exist that went up by it.
+LADDER: Sequence[str] = (_VERSION_1,)
+VERSION = len(LADDER)
+
+# -------------------------------------------------------------------------------------------------
+# Writing rows
+
+# How many rows one statement takes, instead of `executemany`. Each statement's step lets other
+# threads run, and getting the interpreter back from a busy event loop may take its whole switch
+# interval (5 ms): a thousand single rows took two seconds beside a busy loop, in statements of many
+# rows 18 ms. The last one is filled up with its last row again, which an upsert does not mind.
+_SIZES = (512, 128, 32, 8, 2, 1)
+
+
+class Upsert:
+    """Write rows whole, new or not: writing one twice is writing it once."""
+
+    def __init__(self, table: str, columns: str, key: str, *, replace: bool = True) -> None:
+        names = columns.split()
+        values = f"({', '.join('?' * len(names))})"
+        sets = ", ".join(f"{name} = excluded.{name}" for name in names if name not in key.split())
+        act = f"UPDATE SET {sets}" if replace else "NOTHING"
+        tail = f" ON CONFLICT ({', '.join(key.split())}) DO {act}"
+        head = f"INSERT INTO {table} ({', '.join(names)}) VALUES "  # noqa: S608  # Names of this file alone.
+        self._statements = {size: head + ", ".join([values] * size) + tail for size in _SIZES}
+
+    def put(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        """Write all rows."""
+        done = 0
+        while done < len(rows):
+            left = len(rows) - done
+            size = next(size for size in _SIZES if size < 2 * left)
+            part = list(rows[done : done + size])
+            part += part[-1:] * (size - len(part))
+            connection.execute(self._statements[size], list(chain.from_iterable(part)))
+            done += size
+
+
+_AGREEMENT = "id plan payer origin escrows closing opened_at accrued events units unsettled_since"
+_COUNTER = "agreement card meter dimensions quantity events"
+_ESCROW = (
+    "id agreement role status reason closing total baseline settled credited observed remaining"
+    " service_status provider deadline quarantine_factor units_settled settled_at"
+)
+_RELEASE = "id escrow amount before status why units created_at changed_at history"
+_DEAD_LETTER = "number source event_id reason detail payload transport_id fields received_at"
+_JOURNAL = "number at actor action subject detail hash"
+
+PUT_SETTING = Upsert("setting", "name value", "name")
+PUT_MARKS = Upsert("mark_block", "number bucket count data", "number", replace=False)
+_PUT_CARD = Upsert("card", "id text", "id", replace=False)
+_PUT_AGREEMENT = Upsert("agreement", _AGREEMENT, "id")
+_PUT_COUNTER = Upsert("counter", _COUNTER, "agreement card meter dimensions")
+_PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
+_PUT_RELEASE = Upsert("release", _RELEASE, "id")
+_PUT_DEAD_LETTER = Upsert("dead_letter", _DEAD_LETTER, "number")
+_PUT_POSITION = Upsert("position", "source position", "source")
+_PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
+
+AGREEMENT_COLUMNS = _AGREEMENT.replace(" ", ", ")
+COUNTER_COLUMNS = _COUNTER.replace(" ", ", ")
+ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
+RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
+DEAD_LETTER_COLUMNS = _DEAD_LETTER.replace(" ", ", ")
+JOURNAL_COLUMNS = _JOURNAL.replace(" ", ", ")
+
+
+@dataclass(slots=True)
+class Heads:
+    """Where the numbered tables end: the next rows' numbers are known before the write."""
+
+    marks: int = 0
+    journal: int = 0
+    journal_hash: bytes = GENESIS
+
+
+@dataclass(slots=True)
+class Rows:
+    """Several changes as one: of rows that supersede one another the last is left."""
+
+    cards: dict[str, CardRow] = field(default_factory=dict)
+    agreements: dict[str, AgreementRow] = field(default_factory=dict)
+    counters: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], CounterRow] = field(
+        default_factory=dict
+    )
+    escrows: dict[str, Escrow] = field(default_factory=dict)
+    releases: dict[str, Release] = field(default_factory=dict)
+    positions: dict[str, str] = field(default_factory=dict)
+    marks: dict[int, list[MarkBlock]] = field(default_factory=dict)
+    dead_letters: dict[int, DeadLetter] = field(default_factory=dict)
+    dead_letters_gone: dict[int, None] = field(default_factory=dict)
+    journal: list[JournalEntry] = field(default_factory=list)
+    marks_from: int | None = None
+
+    @classmethod
+    def of(cls, changes: Iterable[Change]) -> Rows:
+        """Lay changes on top of one another, in their order."""
+        rows = cls()
+        for change in changes:
+            rows._add(change)
+        return rows
+
+    def _add(self, change: Change) -> None:
+        for card in change.cards:
+            self.cards[card.id] = card
+        for agreement in change.agreements:
+            self.agreements[agreement.id] = agreement
+        for counter in change.counters:
+            key = counter.agreement, counter.card, counter.meter, counter.dimensions
+            self.counters[key] = counter
+        for escrow in change.escrows:
+            self.escrows[escrow.id] = escrow
+        for release in change.releases:
+            self.releases[release.id] = release
+        self.positions.update(change.positions)
+        for block in change.marks:
+            if block.count:
+                self.marks.setdefault(block.bucket, []).append(block)
+        for letter in change.dead_letters:
+            # Put and gone in one commit, it is still written: its number must count as used.
+            self.dead_letters[letter.number] = letter
+            self.dead_letters_gone.pop(letter.number, None)
+        self.dead_letters_gone.update(dict.fromkeys(change.dead_letters_gone))
+        self.journal += change.journal
+        if change.marks_from is not None:
+            self.marks_from = max(change.marks_from, self.marks_from or 0)
+
+    def write(self, connection: sqlite3.Connection, heads: Heads) -> Heads:
+        """Write everything inside the open commit; the heads as they are once it has succeeded."""
+        _PUT_CARD.put(connection, [(card.id, card.text) for card in self.cards.values()])
+        _PUT_AGREEMENT.put(connection, [_agreement(row) for row in self.agreements.values()])
+        _PUT_COUNTER.put(connection, [_counter(row) for row in self.counters.values()])
+        _PUT_ESCROW.put(connection, [_escrow(row) for row in self.escrows.values()])
+        # What is finished goes first: it may make room for the escrow's next one.
+        by_state = sorted(self.releases.values(), key=lambda row: row.status in UNFINISHED)
+        _PUT_RELEASE.put(connection, [_release(row) for row in by_state])
+        _PUT_POSITION.put(connection, list(self.positions.items()))
+        _PUT_DEAD_LETTER.put(connection, [_dead_letter(row) for row in self.dead_letters.values()])
+        for number in self.dead_letters_gone:
+            connection.execute("DELETE FROM dead_letter WHERE number = ?", (number,))
+        blocks = [identities.join(of_hour) for of_hour in self.marks.values()]
+        first = heads.marks + 1
+        PUT_MARKS.put(
+            connection,
+            [(first + n, block.bucket, block.count, block.data) for n, block in enumerate(blocks)],
+        )
+        if self.marks_from is not None:
+            connection.execute("DELETE FROM mark_block WHERE bucket < ?", (self.marks_from,))
+            PUT_SETTING.put(connection, [("marks_from", self.marks_from)])
+        heads = Heads(heads.marks + len(blocks), heads.journal, heads.journal_hash)
+        if self.journal:
+            self._write_journal(connection, heads)
+        return heads
+
+    def _write_journal(self, connection: sqlite3.Connection, heads: Heads) -> None:
+        rows: list[Row] = []
+        for entry in self.journal:
+            fields = journal_fields(entry)
+            heads.journal += 1
+            heads.journal_hash = chained(heads.journal_hash, fields)
+            rows.append((heads.journal, *fields, heads.journal_hash))
+        _PUT_JOURNAL.put(connection, rows)
+        # The chain shows a changed entry; this shows that the last ones are missing.
+        head = ("journal_number", heads.journal), ("journal_hash", heads.journal_hash)
+        PUT_SETTING.put(connection, head)
+
+
+# -------------------------------------------------------------------------------------------------
+# Facts to rows
+
+_INT_MAX = 2**63 - 1
+
+
+def _number(value: int) -> int | str:
+    return value if -_INT_MAX <= value <= _INT_MAX else str(value)
+
+
+def _text(text: str) -> str:
+    """Lone surrogates, which a text from outside may hold and no database takes, become "?"."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _agreement(row: AgreementRow) -> Row:
+    return (
+        row.id,
+        row.plan,
+        row.payer,
+        row.origin,
+        _json(row.escrows),
+        int(row.closing),
+        row.opened_at,
+        f"{row.accrued.numerator}/{row.accrued.denominator}",
+        row.events,
+        _number(row.units),
+        row.unsettled_since,
+    )
+
+
+def _counter(row: CounterRow) -> Row:
+    dimensions = _json(row.dimensions) if row.dimensions else "[]"
+    return row.agreement, row.card, row.meter, dimensions, _number(row.quantity), row.events
+
+
+def _escrow(row: Escrow) -> Row:
+    return (
+        row.id,
+        row.agreement,
+        row.role,
+        row.status.value,
+        _text(row.reason),
+        int(row.closing),
+        _number(row.total),
+        _number(row.baseline),
+        _number(row.settled),
+        _number(row.credited),
+        _number(row.observed),
+        _number(row.remaining),
+        _text(row.service_status),
+        None if row.provider is None else _text(row.provider),
+        None if row.deadline is None else _number(row.deadline),
+        row.quarantine_factor,
+        _number(row.units_settled),
+        row.settled_at,
+    )
+
+
+def _release(row: Release) -> Row:
+    changed_at = row.history[-1][0] if row.history else row.created_at
+    return (
+        row.id,
+        row.escrow,
+        row.amount,
+        _number(row.before),
+        row.status.value,
+        _text(row.why),
+        _number(row.units),
+        row.created_at,
+        changed_at,
+        _json([(at, status, _text(detail)) for at, status, detail in row.history]),
+    )
+
+
+def _dead_letter(row: DeadLetter) -> Row:
+    return (
+        row.number,
+        row.source,
+        _text(row.event_id),
+        row.reason,
+        _text(row.detail),
+        row.payload,
+        _text(row.transport_id),
+        _json([(_text(name), _text(value)) for name, value in row.fields]),
+        row.received_at,
+    )
+
+
+def journal_fields(entry: JournalEntry) -> tuple[int, str, str, str, str]:
+    """The fields of an entry as they are stored and chained."""
+    return entry.at, _text(entry.actor), entry.action, _text(entry.subject), _text(entry.detail)
+
+
+def chained(before: bytes, fields: tuple[int, str, str, str, str]) -> bytes:
+    """SHA-256 over the hash before and the fields as a compact JSON array in UTF-8."""
+    return hashlib.sha256(before + msgspec.json.encode(fields)).digest()
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows to facts
+
+_pairs = msgspec.json.Decoder(tuple[tuple[str, str], ...])
+_history = msgspec.json.Decoder(tuple[tuple[int, str, str], ...])
+
+
+def fraction(text: str) -> Fraction:
+    """Read "numerator/denominator"."""
+    numerator, _, denominator = text.partition("/")
+    return Fraction(int(numerator), int(denominator))
+
+
+def agreement_of(row: Sequence[object]) -> AgreementRow:
+    """Read back an agreement, in the order of `AGREEMENT_COLUMNS`."""
+    id_, plan, payer, origin, escrows, closing, opened_at, accrued, events, units, since = row
+    return AgreementRow(
+        str(id_),
+        str(plan),
+        str(payer),
+        str(origin),
+        _pairs.decode(str(escrows)),
+        bool(closing),
+        _int(opened_at),
+        fraction(str(accrued)),
+        _int(events),
+        _int(units),
+        _int(since),
+    )
+
+
+def counter_of(row: Sequence[object]) -> CounterRow:
+    """Read back a counter, in the order of `COUNTER_COLUMNS`."""
+    agreement, card, meter, dimensions, quantity, events = row
+    pairs = () if dimensions == "[]" else _pairs.decode(str(dimensions))
+    return CounterRow(str(agreement), str(card), str(meter), pairs, _int(quantity), _int(events))
+
+
+def escrow_of(row: Sequence[object], release: Release | None, voids: tuple[Release, ...]) -> Escrow:
+    """Read back an escrow, in the order of `ESCROW_COLUMNS`, with the releases that go with it."""
+    provider, deadline = row[13], row[14]
+    return Escrow(
+        id=str(row[0]),
+        agreement=str(row[1]),
+        role=str(row[2]),
+        status=EscrowStatus(str(row[3])),
+        reason=str(row[4]),
+        closing=bool(row[5]),
+        total=_int(row[6]),
+        baseline=_int(row[7]),
+        settled=_int(row[8]),
+        credited=_int(row[9]),
+        observed=_int(row[10]),
+        remaining=_int(row[11]),
+        service_status=str(row[12]),
+        provider=None if provider is None else str(provider),
+        deadline=None if deadline is None else _int(deadline),
+        quarantine_factor=_int(row[15]),
+        units_settled=_int(row[16]),
+        settled_at=_int(row[17]),
+        release=release,
+        voids=voids,
+    )
+
+
+def release_of(row: Sequence[object]) -> Release:
+    """Read back a release, in the order of `RELEASE_COLUMNS`."""
+    id_, escrow, amount, before, status, why, units, created_at, _, history = row
+    return Release(
+        id=str(id_),
+        escrow=str(escrow),
+        amount=_int(amount),
+        before=_int(before),
+        status=ReleaseStatus(str(status)),
+        why=str(why),
+        units=_int(units),
+        created_at=_int(created_at),
+        history=_history.decode(str(history)),
+    )
+
+
+def dead_letter_of(row: Sequence[object]) -> DeadLetter:
+    """Read back a dead letter, in the order of `DEAD_LETTER_COLUMNS`."""
+    number, source, event_id, reason, detail, payload, transport_id, fields, received_at = row
+    assert isinstance(payload, bytes)
+    return DeadLetter(
+        _int(number),
+        str(source),
+        str(event_id),
+        str(reason),
+        str(detail),
+        payload,
+        str(transport_id),
+        _pairs.decode(str(fields)),
+        _int(received_at),
+    )
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int | str)
+    return int(value)
