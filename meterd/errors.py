@@ -1,6 +1,7 @@
 """The exceptions of meterd: few, and each stands for what its catcher must do.
 
-Bad usage data is never an exception: it is a `core.events.Rejection`, a value that ends as a dead letter.
+Bad usage data is never an exception: it is a `core.events.Rejection`, a value that ends as a dead
+letter.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+"""Usage events as they arrive, their reading by rule, and why a delivery may accrue nothing.
+
+A whole batch is joined into one JSON array and decoded by one typed call. Only when that call
+refuses is the batch decoded one by one, so that a bad event never spoils its batch and a good batch
+never pays for the possibility.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+
+from meterd.core import money
+
+EVENT_BYTES_MAX = 64 * 1024
+DEPTH_MAX = 16
+ID_CHARS_MAX = 256
+NAME_CHARS_MAX = 128
+DIMENSIONS_MAX = 32
+
+
+class Reason(enum.StrEnum):
+    """Why a delivery accrues nothing. The values are seen in metrics, dead letters and answers."""
+
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    BAD_QUANTITY = "bad_quantity"
+    NO_ID = "no_id"
+    UNKNOWN_TYPE = "unknown_type"
+    UNKNOWN_AGREEMENT = "unknown_agreement"
+    UNKNOWN_METER = "unknown_meter"
+    NO_RATE = "no_rate"
+    CLOSED = "closed"
+    CONFLICT = "conflict"
+    LATE = "late"
+    EARLY = "early"
+    MISMATCH = "mismatch"
+    RETAINED = "retained"
+    QOS = "qos"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """One delivery that accrues nothing: its place in the batch, its id if readable, and why."""
+
+    index: int
+    id: str
+    reason: Reason
+    detail: str
+
+
+class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
+    """One usage event in bare JSON, after decoding and before it is known to be good.
+
+    `quantity` is as it came: `quantity_nanos` reads it. `time` is aware, or None for "on arrival".
+    """
+
+    id: str = ""
+    source: str = ""
+    agreement: str = ""
+    escrow_id: str = ""
+    meter: str = ""
+    quantity: int | str = ""
+    time: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    dimensions: dict[str, str] = {}
+    type: str = ""
+
+
+class _RawEvent(UsageEvent, gc=False):
+    """The same event with the text of its quantity, which may be a JSON number with a point."""
+
+    quantity: msgspec.Raw = msgspec.Raw(b"")  # type: ignore[assignment]
+
+
+Decoded = UsageEvent | Rejection
+
+
+class EventDecoder:
+    """Reads batches of bare JSON.
+
+    Payloads of different producers stand in one array, so a crafted payload (half an object here,
+    two there) could shift its neighbours' places. A number that nobody outside can know is put
+    between them: a batch in which it does not come back at every second place is read one by one
+    instead.
+    """
+
+    def __init__(self, sentinel: int) -> None:
+        self._sentinel = sentinel
+        self._separator = b",%d," % sentinel
+        self._fast = msgspec.json.Decoder(list[UsageEvent | int])
+        self._exact = msgspec.json.Decoder(list[_RawEvent | int])
+        self._one = msgspec.json.Decoder(_RawEvent)
+        self._fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+    def decode(self, payloads: Sequence[bytes]) -> Sequence[Decoded]:
+        """Decode payloads, in order: each is a `UsageEvent` or a `Rejection` that says why."""
+        if sum(map(len, payloads)) <= EVENT_BYTES_MAX or max(map(len, payloads)) <= EVENT_BYTES_MAX:
+            for decoder in (self._fast, self._exact):
+                events = self._together(decoder, payloads)
+                if events is not None:
+                    return events
+        return [self._alone(index, payload) for index, payload in enumerate(payloads)]
+
+    def _together(
+        self,
+        decoder: msgspec.json.Decoder[list[UsageEvent | int]]
+        | msgspec.json.Decoder[list[_RawEvent | int]],
+        payloads: Sequence[bytes],
+    ) -> list[UsageEvent] | None:
+        joined = b"[" + self._separator.join(payloads) + b"]"
+        try:
+            items = decoder.decode(joined)
+        except (msgspec.MsgspecError, RecursionError, ValueError):
+            return None
+        between = items[1::2]
+        if len(items) != 2 * len(payloads) - 1 or between.count(self._sentinel) != len(between):
+            return None
+        events = items[::2]
+        if int in set(map(type, events)):
+            return None
+        # The line above has seen that no number is among them.
+        return events  # type: ignore[return-value]
+
+    def _alone(self, index: int, payload: bytes) -> Decoded:
+        if len(payload) > EVENT_BYTES_MAX:
+            detail = f"{len(payload)} bytes; an event may have {EVENT_BYTES_MAX}"
+            return Rejection(index, "", Reason.TOO_LARGE, detail)
+        try:
+            return self._one.decode(payload)
+        except (msgspec.MsgspecError, ValueError) as error:
+            return Rejection(index, self._id(payload), Reason.MALFORMED, printable(str(error)))
+        except RecursionError:
+            return Rejection(index, "", Reason.MALFORMED, "nested too deeply")
+
+    def _id(self, payload: bytes) -> str:
+        """Read the id of an event whose other fields are wrong; "" if there is none to read."""
+        try:
+            return printable(msgspec.json.decode(self._fields.decode(payload)["id"], type=str))
+        except (msgspec.MsgspecError, ValueError, KeyError, RecursionError):
+            return ""
+
+
+def quantity_nanos(quantity: int | str | msgspec.Raw) -> int:
+    """Read a JSON integer, a decimal text or raw JSON as nanos. Raises `money.BadNumber`."""
+    if type(quantity) is int:
+        if 0 < quantity <= money.QUANTITY_MAX:
+            return quantity * money.NANOS
+        raise money.BadNumber("a quantity must be greater than 0 and at most 1e15")
+    if isinstance(quantity, str):
+        text = quantity
+    else:
+        raw = bytes(quantity)
+        text = str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else _ascii(raw)
+    if not text:
+        raise money.BadNumber("there is no quantity")
+    return money.parse_quantity(text)
+
+
+def _ascii(raw: bytes) -> str:
+    return raw.decode("ascii", "replace")
+
+
+def name_flaw(text: str, what: str, chars_max: int) -> str:
+    """Say why a text cannot be an id or a name; "" when it can."""
+    if len(text) > chars_max:
+        return f"{what} has {len(text)} characters; {chars_max} are allowed"
+    if not text.isprintable():
+        return f"{what} has control characters"
+    return ""
+
+
+def printable(text: str, chars_max: int = 200) -> str:
+    """Cut and escape a text from outside, for answers and logs."""
+    cut = text[:chars_max]
+    return cut if cut.isprintable() else cut.encode("unicode_escape").decode("ascii")[:chars_max]
