@@ -1,0 +1,305 @@
+"""The whole in a few figures: what is owed, paid, at risk and in need of a person.
+
+There is one definition of each figure, here; status, dashboard and metrics all read it. A pass over
+100,000 agreements takes longer than an event may wait, so it is made in slices with the loop's
+other work in between, and kept for a second. Each agreement's own figures are of one instant,
+therefore accrued - released = unsettled holds in the sums too, whatever comes in between two
+slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from meterd.bookkeeper import Bookkeeper
+from meterd.core.ledger import Account
+from meterd.core.money import MICROS
+from meterd.core.settlement import UNKNOWN_OUTCOME, Escrow, EscrowStatus
+
+SLICE = 500  # Agreements between two breaths of the loop: about a millisecond.
+AGE_MAX_S = 1.0
+SHARE = 20  # A pass waits for 20 times what the last one took: it costs a twentieth at most.
+ATTENTION_MAX = 20  # Of each kind. Whoever has more has one cause, not twenty.
+EXHAUSTED = "exhausted"
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """One agreement's money, in micros, as one instant shows it.
+
+    `headroom` is remaining - unsettled, below zero when the payer used more than is left; None: the
+    escrow is not adopted, or closed.
+    """
+
+    released: int
+    unsettled: int
+    in_doubt: int
+    headroom: int | None
+    uncollectible: int
+
+
+def balance(account: Account, escrow: Escrow) -> Balance:
+    """Work out an agreement's money. `released` counts from when meterd adopted the escrow."""
+    released = max(escrow.observed, escrow.expected) - escrow.baseline
+    unsettled = account.owed - released
+    release = escrow.release
+    in_doubt = 0
+    if release is not None and release.status in UNKNOWN_OUTCOME:
+        in_doubt = release.amount
+    if escrow.status is EscrowStatus.CLOSED:
+        return Balance(released, unsettled, in_doubt, None, max(0, unsettled))
+    if not escrow.total:
+        return Balance(released, unsettled, in_doubt, None, 0)
+    headroom = escrow.remaining - unsettled
+    return Balance(released, unsettled, in_doubt, headroom, max(0, -headroom))
+
+
+def state_word(escrow: Escrow, money: Balance) -> str:
+    """Name the state as a person sees it: unsettled above remaining is `exhausted` too."""
+    word = escrow.word
+    if word == EscrowStatus.ACTIVE.value and money.uncollectible > 0:
+        return EXHAUSTED
+    return word
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One agreement that wants a person, and the next command to type."""
+
+    agreement: str
+    escrow: str
+    reason: str
+    next: str
+    amount: int = 0  # Micros in doubt, or uncollectible.
+
+
+def next_command(agreement: str, escrow: Escrow, word: str) -> str:
+    """Name the command that helps an agreement on; "" when none is needed."""
+    release = escrow.release
+    if release is not None and release.status in UNKNOWN_OUTCOME:
+        return f"meterd resolve {release.id} --landed|--absent --reason TEXT"
+    if word == EscrowStatus.FROZEN.value:
+        return f"meterd resume {agreement} --reason TEXT"
+    if word == EXHAUSTED:
+        return "meterd bind NEW_ESCROW --plan PLAN"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Sums over all agreements, in micros unless they say otherwise."""
+
+    at: int = 0  # Wall ms.
+    agreements: int = 0
+    accrued: Fraction = Fraction(0)  # Exact USDC.
+    released: int = 0
+    settled: int = (
+        0  # Released by meterd, or accepted as payment: only a person can make it smaller.
+    )
+    unsettled: int = 0
+    headroom: int = 0  # Of those that have some: one payer's credit is no other's.
+    in_doubt: int = 0
+    uncollectible: int = 0
+    difference: int = 0  # What readings and ledger disagree on, where nothing is open.
+    releases_in_doubt: int = 0
+    lag_ms: int = 0  # Age of the oldest usage that is due and not paid.
+    states: dict[str, int] = field(default_factory=dict)
+    frozen: tuple[Attention, ...] = ()
+    doubtful: tuple[Attention, ...] = ()
+    exhausted: tuple[Attention, ...] = ()
+
+
+class _Pass:
+    """The sums of one pass, while it is made."""
+
+    def __init__(self, bookkeeper: Bookkeeper, now: int) -> None:
+        self._bookkeeper = bookkeeper
+        self._escrows = bookkeeper.ledger.escrows
+        self._now = now
+        self._margin = bookkeeper.margin
+        self._numerators: dict[int, int] = {}
+        self._count = 0
+        self._released = self._settled = self._unsettled = self._headroom = 0
+        self._in_doubt = self._uncollectible = self._difference = 0
+        self._doubts = self._lag = 0
+        self._states: dict[str, int] = {}
+        self._attention: dict[str, list[Attention]] = {}
+
+    def add(self, accounts: Sequence[Account]) -> None:
+        """Add some agreements: the figures of `balance` and `state_word`, in one tight loop.
+
+        It runs for every agreement every second, so sums are kept in locals and what is rare is
+        looked at elsewhere.
+        """
+        escrows, numerators, states = self._escrows, self._numerators, self._states
+        active, closed = EscrowStatus.ACTIVE, EscrowStatus.CLOSED
+        released_sum = settled_sum = unsettled_sum = headroom_sum = 0
+        for account in accounts:
+            escrow = escrows[account.agreement.escrows[0][1]]
+            numerator, denominator = account.numerator, account.denominator
+            numerators[denominator] = numerators.get(denominator, 0) + numerator
+            known = escrow.settled + escrow.credited
+            released = escrow.observed - escrow.baseline
+            difference = released - known
+            if difference < 0:
+                released = known
+            unsettled = numerator * MICROS // denominator - released
+            released_sum += released
+            settled_sum += known
+            unsettled_sum += unsettled
+            status = escrow.status
+            word = "active"
+            if status is not active or escrow.closing or not escrow.remaining:
+                word = escrow.word
+            if status is closed:
+                self._uncollectible += max(0, unsettled)
+            elif escrow.total:
+                headroom = escrow.remaining - unsettled
+                if headroom >= 0:
+                    headroom_sum += headroom
+                else:
+                    self._uncollectible -= headroom
+                    word = EXHAUSTED if word == "active" else word
+            states[word] = states.get(word, 0) + 1
+            if unsettled > 0 and account.unsettled_since:
+                self._look_at_age(account, escrow, unsettled)
+            if difference or escrow.release is not None or word in _ATTENTION:
+                self._look_at_trouble(account, escrow, word)
+        self._count += len(accounts)
+        self._released += released_sum
+        self._settled += settled_sum
+        self._unsettled += unsettled_sum
+        self._headroom += headroom_sum
+
+    def _may_be_due(self, account: Account, escrow: Escrow, unsettled: int, age: int) -> bool:
+        """Rule out quickly what no threshold can ask for yet; `Bookkeeper.due` says the rest."""
+        settle = account.plan.settle
+        return (
+            (settle.amount is not None and unsettled >= settle.amount)
+            or (settle.interval is not None and age >= settle.interval)
+            or (settle.units is not None and account.units - escrow.units_settled >= settle.units)
+            or (
+                settle.escrow_percent is not None
+                and unsettled * 100 >= escrow.total * settle.escrow_percent
+            )
+            or (
+                escrow.deadline is not None
+                and escrow.deadline <= self._now + settle.before_deadline + self._margin
+            )
+            or unsettled >= escrow.remaining
+            or escrow.closing
+        )
+
+    def _look_at_age(self, account: Account, escrow: Escrow, unsettled: int) -> None:
+        """Usage is late when a threshold asks for it; frozen escrows are counted apart."""
+        age = self._now - account.unsettled_since
+        if age <= self._lag or escrow.status in _NEVER_LATE:
+            return
+        if self._may_be_due(account, escrow, unsettled, age) and self._bookkeeper.due(account):
+            self._lag = age
+
+    def _look_at_trouble(self, account: Account, escrow: Escrow, word: str) -> None:
+        agreement, release = account.agreement.id, escrow.release
+        if release is None and escrow.total and escrow.status is not EscrowStatus.CLOSED:
+            self._difference += abs(escrow.observed - escrow.expected)
+        command = next_command(agreement, escrow, word)
+        if release is not None and release.status in UNKNOWN_OUTCOME:
+            self._doubts += 1
+            self._in_doubt += release.amount
+            reason = f"release {release.id}: {release.history[-1][2]}"
+            self._note("in_doubt", Attention(agreement, escrow.id, reason, command, release.amount))
+        if word == EscrowStatus.FROZEN.value:
+            self._note(word, Attention(agreement, escrow.id, escrow.reason, command))
+        elif word == EXHAUSTED:
+            money = balance(account, escrow)
+            reason = "more is used than is left" if money.uncollectible else "nothing is left"
+            self._note(word, Attention(agreement, escrow.id, reason, command, money.uncollectible))
+
+    def _note(self, kind: str, attention: Attention) -> None:
+        noted = self._attention.setdefault(kind, [])
+        if len(noted) < ATTENTION_MAX:
+            noted.append(attention)
+
+    def figures(self) -> Figures:
+        """Close the sums."""
+        accrued = sum(
+            (
+                Fraction(numerator, denominator)
+                for denominator, numerator in self._numerators.items()
+            ),
+            Fraction(0),
+        )
+        return Figures(
+            at=self._now,
+            agreements=self._count,
+            accrued=accrued,
+            released=self._released,
+            settled=self._settled,
+            unsettled=self._unsettled,
+            headroom=self._headroom,
+            in_doubt=self._in_doubt,
+            uncollectible=self._uncollectible,
+            difference=self._difference,
+            releases_in_doubt=self._doubts,
+            lag_ms=self._lag,
+            states=self._states,
+            frozen=tuple(self._attention.get(EscrowStatus.FROZEN.value, ())),
+            doubtful=tuple(self._attention.get("in_doubt", ())),
+            exhausted=tuple(self._attention.get(EXHAUSTED, ())),
+        )
+
+
+_NEVER_LATE = frozenset({EscrowStatus.FROZEN, EscrowStatus.CLOSED})
+_ATTENTION = frozenset({EscrowStatus.FROZEN.value, EXHAUSTED})
+
+
+class Overview:
+    """Keeps the figures for a second, and the agreements' ids in order for paging."""
+
+    def __init__(self, bookkeeper: Bookkeeper) -> None:
+        self._bookkeeper = bookkeeper
+        self._figures = Figures()
+        self._made_mono: float | None = None
+        self._cost_s = 0.0
+        self._one_at_a_time = asyncio.Lock()
+        self._ids: list[str] = []
+
+    def latest(self) -> Figures:
+        """Hand out the figures of the last pass."""
+        return self._figures
+
+    async def refresh(self) -> Figures:
+        """Make the figures anew unless they are fresh; all who come meanwhile share one pass."""
+        async with self._one_at_a_time:
+            mono = self._bookkeeper.clock.mono()
+            age_max = max(AGE_MAX_S, self._cost_s * SHARE)
+            if self._made_mono is None or mono - self._made_mono >= age_max:
+                self._figures = await self._pass()
+                self._made_mono = mono
+            return self._figures
+
+    async def _pass(self) -> Figures:
+        sums = _Pass(self._bookkeeper, self._bookkeeper.clock.wall())
+        accounts = list(self._bookkeeper.ledger.accounts.values())
+        self._cost_s = 0.0
+        for start in range(0, len(accounts), SLICE):
+            began = time.perf_counter()
+            sums.add(accounts[start : start + SLICE])
+            self._cost_s += time.perf_counter() - began
+            await asyncio.sleep(0)
+        return sums.figures()
+
+    def ids_after(self, cursor: str) -> Sequence[str]:
+        """List the agreements' ids behind `cursor`, in order.
+
+        Agreements are never taken away, only added.
+        """
+        accounts = self._bookkeeper.ledger.accounts
+        if len(self._ids) != len(accounts):
+            self._ids = sorted(accounts)
+        return self._ids[bisect.bisect_right(self._ids, cursor) :]

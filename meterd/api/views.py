@@ -1,0 +1,176 @@
+"""Agreements, releases, usage, plans and dead letters as JSON documents.
+
+Looking changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from meterd.api.overview import balance, next_command, state_word
+from meterd.api.parts import SourceView
+from meterd.api.wire import iso_time
+from meterd.core.changes import DeadLetter
+from meterd.core.ledger import Account, Counter
+from meterd.core.money import format_amount, format_exact, format_price, format_quantity
+from meterd.core.plans import Plan
+from meterd.core.settlement import Escrow, Release
+
+Document = dict[str, Any]
+EXCERPT_BYTES_MAX = 2048
+
+
+def agreement_view(account: Account, escrow: Escrow) -> Document:
+    """Show an agreement: its money is of one instant."""
+    agreement, money = account.agreement, balance(account, escrow)
+    word = state_word(escrow, money)
+    return {
+        "id": agreement.id,
+        "plan": account.plan.name,
+        "payer": agreement.payer,
+        "origin": agreement.origin,
+        "state": word,
+        "reason": escrow.reason,
+        "next": next_command(agreement.id, escrow, word) or None,
+        "closing": account.closing or escrow.closing,
+        "opened_at": iso_time(account.opened_at),
+        "events": account.events,
+        "accrued": format_exact(account.accrued),
+        "released": format_amount(money.released),
+        "unsettled": format_amount(money.unsettled),
+        "in_doubt": format_amount(money.in_doubt),
+        "headroom": None if money.headroom is None else format_amount(money.headroom),
+        "holds": format_amount(0),
+        "uncollectible": format_amount(money.uncollectible),
+        "runway": None,
+        "unsettled_since": iso_time(account.unsettled_since),
+        "escrows": [escrow_view(escrow)],
+        "release": None if escrow.release is None else release_view(escrow.release, agreement.id),
+    }
+
+
+def escrow_view(escrow: Escrow) -> Document:
+    """Show an escrow as meterd last read it. `total` 0: not adopted yet."""
+    return {
+        "id": escrow.id,
+        "role": escrow.role,
+        "status": escrow.status.value,
+        "service_status": escrow.service_status,
+        "total": format_amount(escrow.total),
+        "released": format_amount(escrow.observed),
+        "released_before": format_amount(escrow.baseline),
+        "remaining": format_amount(escrow.remaining),
+        "deadline": iso_time(escrow.deadline),
+        "settled_at": iso_time(escrow.settled_at),
+    }
+
+
+def release_view(release: Release, agreement: str | None) -> Document:
+    """Show a release with all of its history."""
+    return {
+        "id": release.id,
+        "agreement": agreement,
+        "escrow": release.escrow,
+        "amount": format_amount(release.amount),
+        "status": release.status.value,
+        "why": release.why,
+        "units": format_quantity(release.units),
+        "created_at": iso_time(release.created_at),
+        "history": [
+            {"at": iso_time(at), "status": status, "detail": detail}
+            for at, status, detail in release.history
+        ],
+    }
+
+
+def counter_view(counter: Counter) -> Document:
+    """Show usage of one meter. `accrued` is None where an earlier rate card priced it."""
+    account = counter.account
+    accrued = None
+    if counter.card == account.plan.card.id:
+        charge = Fraction(counter.quantity * counter.weight, account.denominator)
+        accrued = format_exact(charge)
+    return {
+        "meter": counter.meter.name,
+        "unit": counter.meter.unit,
+        "dimensions": dict(counter.dimensions),
+        "quantity": format_quantity(counter.quantity),
+        "events": counter.events,
+        "card": counter.card,
+        "accrued": accrued,
+    }
+
+
+def plan_view(plan: Plan) -> Document:
+    """Show a plan: its rates and its thresholds. A threshold of None is not used."""
+    settle = plan.settle
+    return {
+        "name": plan.name,
+        "pattern": plan.pattern.value,
+        "card": plan.card.id,
+        "rates": [
+            {
+                "meter": rate.meter,
+                "price": format_price(rate.price),
+                "per": rate.per,
+                "where": dict(rate.where),
+                "words": rate.words,
+            }
+            for rate in plan.card.rates
+        ],
+        "settle": {
+            "amount": None if settle.amount is None else format_amount(settle.amount),
+            "units": None if settle.units is None else format_quantity(settle.units),
+            "interval_ms": settle.interval,
+            "escrow_percent": settle.escrow_percent,
+            "before_deadline_ms": settle.before_deadline,
+            "min_release": format_amount(settle.min_release),
+        },
+    }
+
+
+def dead_letter_view(letter: DeadLetter, *, whole: bool) -> Document:
+    """Show a dead letter: in a list an excerpt of its payload.
+
+    A payload that is no UTF-8 is given as base64 too.
+    """
+    payload = letter.payload if whole else letter.payload[:EXCERPT_BYTES_MAX]
+    document: Document = {
+        "id": letter.number,
+        "source": letter.source,
+        "event_id": letter.event_id,
+        "reason": letter.reason,
+        "detail": letter.detail,
+        "received_at": iso_time(letter.received_at),
+        "transport_id": letter.transport_id,
+        "fields": dict(letter.fields),
+        "payload": payload.decode("utf-8", "replace"),
+        "payload_bytes": len(letter.payload),
+    }
+    if whole:
+        document["payload_base64"] = base64.b64encode(payload).decode("ascii")
+    return document
+
+
+def source_view(state: SourceView) -> Document:
+    """Show a source."""
+    return {
+        "name": state.name,
+        "kind": state.kind,
+        "address": state.address,
+        "connected": state.connected,
+        "since": iso_time(state.since),
+        "error": state.error,
+        "warning": state.warning,
+        "lag": state.lag,
+        "unacked": state.unacked,
+    }
+
+
+def agreement_of(escrows: Mapping[str, Escrow], release: Release) -> str | None:
+    """Name the agreement of a release; None when its escrow is no more known."""
+    escrow = escrows.get(release.escrow)
+    return None if escrow is None else escrow.agreement

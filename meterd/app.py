@@ -1,0 +1,514 @@
+"""The composition root: the one file that knows all others. Open, wire, run, drain.
+
+It keeps one rule: whatever stops a part stops the whole, with a name, and the next start begins
+from the disk. Two stops: the first signal drains (read no more, commit, ack, settle what is due),
+the second or a failed commit ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from meterd import __version__, api, config, logs
+from meterd.bookkeeper import Bookkeeper
+from meterd.config.settings import MqttSourceSettings, RedisSourceSettings, Settings
+from meterd.core.events import EventDecoder
+from meterd.core.ledger import Agreement, Conflict, Ledger
+from meterd.core.meters import Aggregation, Meter
+from meterd.core.money import format_amount, format_exact
+from meterd.core.plans import Pattern, Plan, Settle
+from meterd.core.pricing import Rate, RateCard
+from meterd.core.settlement import Rules
+from meterd.errors import (
+    ConfigurationError,
+    MeterdError,
+    Mistake,
+    Refused,
+    StoreCorrupt,
+    StoreFailed,
+)
+from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths
+from meterd.intake import Intake
+from meterd.logs import get_logger
+from meterd.metrics import Metrics, Reads
+from meterd.settler import Pace, Settler
+from meterd.sources import Source
+from meterd.store.sqlite import SqliteStore
+
+log = get_logger(__name__)
+
+TIDY_INTERVAL_S = 60.0
+LAG_INTERVAL_S = 2.0
+# Containers made and not freed before the collector looks: those of a few large batches.
+GARBAGE_YOUNG_MAX = 100_000
+REQUESTS_TIMEOUT_S = 5.0  # For requests under way when meterd stops.
+
+
+class SystemClock:
+    """The clocks of this machine."""
+
+    def mono(self) -> float:
+        """Seconds that only grow."""
+        return time.monotonic()
+
+    def wall(self) -> int:
+        """Milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+
+# -- From settings to parts
+# ----------------------------------------------------------------------------------------
+
+
+def meters_of(settings: Settings) -> dict[str, Meter]:
+    """Make the meters of the configuration."""
+    return {
+        name: Meter(name, Aggregation(meter.aggregation), meter.unit)
+        for name, meter in settings.meters.items()
+    }
+
+
+def plans_of(settings: Settings) -> dict[str, Plan]:
+    """Make the plans of the configuration."""
+    plans = {}
+    for name, plan in settings.plans.items():
+        rates = tuple(
+            Rate(rate.meter, rate.price_picos, rate.per, tuple(sorted(rate.where.items())))
+            for rate in plan.rates
+        )
+        settle = Settle(
+            amount=plan.settle.amount_micros,
+            units=plan.settle.units_nanos,
+            interval=None if plan.settle.interval is None else plan.settle.interval.ms,
+            escrow_percent=plan.settle.escrow_percent,
+            before_deadline=plan.settle.before_deadline.ms,
+            min_release=plan.settle.min_release_micros,
+        )
+        plans[name] = Plan(name, Pattern(plan.pattern), RateCard(rates), settle)
+    return plans
+
+
+def agreements_of(settings: Settings) -> list[Agreement]:
+    """Make the agreements of the configuration."""
+    return [
+        Agreement(entry.id, entry.plan, entry.payer, (("main", entry.escrows.main),), "config")
+        for entry in settings.agreements
+    ]
+
+
+def rules_of(settings: Settings) -> Rules:
+    """Make the rules of the state table."""
+    escrow = settings.escrow
+    return Rules(
+        quarantine=escrow.in_doubt_quarantine.ms / 1000,
+        observe_gap=escrow.observe_gap.ms / 1000,
+        min_interval=escrow.min_interval.ms / 1000,
+        voids_per_day=escrow.voids_per_day,
+        release_max=escrow.release_max_micros,
+        quantum=escrow.quantum_micros,
+        strict=escrow.strict,
+        honoured=escrow.idempotency == "honoured",
+        credit_foreign=escrow.on_foreign_release == "credit",
+        provider=escrow.agent_id or None,
+    )
+
+
+def pace_of(settings: Settings) -> Pace:
+    """Make the settler's pace."""
+    escrow = settings.escrow
+    return Pace(
+        concurrency=escrow.concurrency,
+        doubts_max=escrow.doubts_max,
+        doubts_window=escrow.doubts_window.ms / 1000,
+    )
+
+
+def escrow_api_of(settings: Settings) -> EscrowApi:
+    """Make the address of the escrow service."""
+    escrow = settings.escrow
+    return EscrowApi(
+        base_url=escrow.base_url,
+        api_key=escrow.api_key.reveal(),
+        paths=EscrowPaths(
+            status=escrow.paths.status,
+            list=escrow.paths.list,
+            release_partial=escrow.paths.release_partial,
+        ),
+        idempotency_header=escrow.idempotency_header,
+        request_timeout_s=escrow.request_timeout.seconds,
+        connections_max=escrow.concurrency * 2,
+    )
+
+
+def api_settings_of(settings: Settings) -> api.ApiSettings:
+    """Make the limits and tokens of the HTTP API."""
+    tokens = tuple(
+        api.ApiToken(
+            entry.name, entry.token.reveal(), frozenset(api.Scope(scope) for scope in entry.scopes)
+        )
+        for entry in settings.http.tokens
+    )
+    return api.ApiSettings(tokens=tokens, body_limit=settings.http.body_limit_bytes)
+
+
+def source_of(entry: RedisSourceSettings | MqttSourceSettings) -> Source:
+    """Make one source.
+
+    The library of the other kind is not even imported: a start should be quick.
+    """
+    if isinstance(entry, RedisSourceSettings):
+        from meterd.sources.redis_streams import RedisStreamSettings, RedisStreamSource
+
+        return RedisStreamSource(
+            RedisStreamSettings(
+                name=entry.name,
+                url=entry.url.reveal(),
+                stream=entry.stream,
+                group=entry.group,
+                mode=entry.mode,
+                batch=entry.batch,
+                block_ms=entry.block.ms,
+            )
+        )
+    from meterd.sources.mqtt import MqttSettings, MqttSource
+
+    return MqttSource(
+        MqttSettings(
+            name=entry.name,
+            host=entry.host,
+            port=entry.port,
+            topic=entry.topic,
+            client_id=entry.client_id,
+            protocol=entry.protocol,
+            username=entry.username,
+            password="" if entry.password is None else entry.password.reveal(),
+            tls=entry.tls,
+            tls_ca_file=str(entry.ca_file or ""),
+            tls_cert_file=str(entry.cert_file or ""),
+            tls_key_file=str(entry.key_file or ""),
+            receive_maximum=entry.receive_maximum,
+            session_expiry_s=entry.session_expiry.ms // 1000,
+            share=entry.share,
+            allow_anonymous=entry.allow_anonymous,
+            allow_qos0=entry.allow_qos0,
+            batch=entry.batch,
+        )
+    )
+
+
+# -- The life of a daemon
+# --------------------------------------------------------------------------------------------
+
+
+def run(config_path: Path | None) -> int:
+    """Run the daemon until a signal stops it; the process's exit code.
+
+    Raises `MeterdError` before it has started.
+    """
+    notes: list[Mistake] = []
+    settings = config.load(config_path, os.environ, warn=notes.append)
+    _say(settings, notes)
+    try:
+        return asyncio.run(_serve(settings, config_path))
+    except BaseExceptionGroup as group:
+        error = _first(group)
+        if isinstance(error, MeterdError):
+            log.critical(str(error), action="stopped_by_failure")
+            return error.exit_code
+        raise
+
+
+def _say(settings: Settings, notes: Sequence[Mistake]) -> None:
+    """Set the logs up: what must not be said first, then how, then what there is to say."""
+    for secret in settings.secrets():
+        logs.hide(secret)
+    logs.configure(settings.log.level, settings.log.format, sys.stderr)
+    for note in notes:
+        log.warning(str(note), action="configuration_note")
+
+
+def _first(group: BaseException) -> BaseException:
+    """What brought a group of tasks down: the first that is no cancellation."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+async def _serve(settings: Settings, config_path: Path | None) -> int:
+    """Open the state, run the parts on it, and close it whatever happens."""
+    clock = SystemClock()
+    started = clock.mono()
+    registry = CollectorRegistry()
+    sources = [source_of(entry) for entry in settings.sources]
+    metrics = Metrics(
+        registry, meters=tuple(settings.meters), sources=[source.name for source in sources]
+    )
+    store = SqliteStore.open(settings.daemon.data_dir, entries_max=settings.dedupe.entries_max)
+    store.on_commit, store.on_writable = metrics.on_commit, metrics.on_writable
+    try:
+        bookkeeper = await _open_books(settings, store, metrics, clock)
+        escrow = EscrowClient(
+            escrow_api_of(settings), mono=clock.mono, wall=clock.wall, observe=metrics.observe
+        )
+        async with escrow:
+            daemon = Daemon(settings, config_path, bookkeeper, escrow, sources, metrics, store)
+            _calm_collector()
+            log.info(
+                f"meterd {__version__} is up.",
+                action="started",
+                data_dir=str(settings.daemon.data_dir),
+                agreements=len(bookkeeper.ledger.accounts),
+                identities=len(store.identities),
+                seconds=round(clock.mono() - started, 3),
+            )
+            await daemon.run()
+    finally:
+        await store.close()
+    log.info("Stopped.", action="stopped")
+    return 0
+
+
+def _calm_collector() -> None:
+    """Let the garbage collector look less often: what a batch makes is freed by counting alone.
+
+    A batch of thousands of entries is thousands of young lists; at the usual threshold of 700 the
+    collector walks through them dozens of times before the batch is done, and finds nothing.
+    """
+    gc.collect()
+    gc.freeze()  # What lives as long as the process need not be looked at again.
+    gc.set_threshold(GARBAGE_YOUNG_MAX, 10, 10)
+
+
+async def _open_books(
+    settings: Settings, store: SqliteStore, metrics: Metrics, clock: SystemClock
+) -> Bookkeeper:
+    """Rebuild the ledger from the store, step over the restart, bind what is configured."""
+    state = store.load()
+    try:
+        ledger = Ledger.restore(plans_of(settings), meters_of(settings), state)
+    except Conflict as conflict:
+        raise StoreCorrupt(str(conflict)) from None
+    bookkeeper = Bookkeeper(
+        ledger,
+        store,
+        store.identities,
+        rules_of(settings),
+        clock,
+        metrics,
+        decoder=EventDecoder(secrets.randbits(60)),
+        window_ms=settings.dedupe.window.ms,
+        positions=state.positions,
+        dead_letters=state.dead_letters,
+        dead_letter_next=state.dead_letter_next,
+    )
+    await bookkeeper.start()
+    await _bind(bookkeeper, settings)
+    return bookkeeper
+
+
+async def _bind(bookkeeper: Bookkeeper, settings: Settings) -> None:
+    mistakes = []
+    for index, agreement in enumerate(agreements_of(settings)):
+        try:
+            await bookkeeper.bind(agreement, "config")
+        except Refused as error:
+            mistakes.append(Mistake(f"agreements[{index}]", str(error)))
+    if mistakes:
+        raise ConfigurationError(mistakes)
+
+
+class Daemon:
+    """The running parts, from the first read to the end of the drain."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config_path: Path | None,
+        bookkeeper: Bookkeeper,
+        escrow: EscrowClient,
+        sources: Sequence[Source],
+        metrics: Metrics,
+        store: SqliteStore,
+    ) -> None:
+        self._settings = settings
+        self._config_path = config_path
+        self._bookkeeper = bookkeeper
+        self._store = store
+        self._metrics = metrics
+        self._intake = Intake(bookkeeper, sources, pending_max=settings.http.pending_max)
+        self._settler = Settler(bookkeeper, escrow, pace_of(settings))
+        self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self._hard_stop = asyncio.Event()
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain. Raises what ends the process before."""
+        with self._signals():
+            async with self._http(), asyncio.TaskGroup() as group:
+                readers = [
+                    group.create_task(self._intake.run(source), name=f"source {source.name}")
+                    for source in self._intake.sources
+                ]
+                side = [
+                    group.create_task(self._settler.run(), name="settler"),
+                    group.create_task(self._tidy(), name="tidy"),
+                    group.create_task(self._intake.watch_lag(LAG_INTERVAL_S), name="lag"),
+                    group.create_task(self._failure(), name="failure"),
+                ]
+                await self._stop.wait()
+                await self._drain(readers)
+                for task in (*readers, *side):
+                    task.cancel()
+
+    async def _drain(self, readers: list[asyncio.Task[None]]) -> None:
+        """Read no more; commit and ack what was read; settle what is due; say what is left."""
+        timeout = self._settings.daemon.drain_timeout.ms / 1000
+        log.info("Draining.", action="draining", timeout_s=timeout)
+        self._intake.stop()
+        drained = asyncio.create_task(self._settle_out(readers), name="drain")
+        hard = asyncio.create_task(self._hard_stop.wait(), name="second signal")
+        await asyncio.wait((drained, hard), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        self._settler.halt()
+        hard.cancel()
+        complete = drained.done()
+        drained.cancel()
+        totals = self._bookkeeper.ledger.totals()
+        log.info(
+            "Drained."
+            if complete
+            else "Stopped before everything was settled; it goes on after the next start.",
+            action="drained" if complete else "drain_cut_off",
+            accrued_usdc=format_exact(totals.accrued),
+            released_usdc=format_amount(totals.settled),
+            in_doubt_usdc=format_amount(totals.held),
+            dead_letters=self._bookkeeper.dead_letters,
+        )
+
+    async def _settle_out(self, readers: list[asyncio.Task[None]]) -> None:
+        if readers:
+            await asyncio.wait(readers)
+        await self._settler.drain()
+
+    async def _failure(self) -> None:
+        """Raise what must end the process, wherever it was seen first."""
+        failed = asyncio.ensure_future(self._store.failed.wait())
+        try:
+            await asyncio.wait((failed, self._fatal), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failed.cancel()
+        if self._fatal.done():
+            self._fatal.result()
+        raise self._store.failure or StoreFailed("the store failed")
+
+    def _end(self, error: BaseException) -> None:
+        if not self._fatal.done():
+            self._fatal.set_exception(error)
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_INTERVAL_S)
+            await self._bookkeeper.tidy()
+
+    # -- Reload -------------------------------------------------------------------------------
+    # ------------
+
+    async def _reload(self) -> None:
+        """Take plans, meters, agreements and the log level anew. A bad file changes nothing."""
+        try:
+            notes: list[Mistake] = []
+            fresh = config.load(self._config_path, os.environ, warn=notes.append)
+            await self._bookkeeper.reload(plans_of(fresh), meters_of(fresh))
+            await _bind(self._bookkeeper, fresh)
+        except (ConfigurationError, Refused) as error:
+            self._metrics.reloaded(success=False)
+            log.error(
+                f"The configuration was not reloaded: {error}",
+                action="reload_refused",
+                next="meterd check",
+            )
+            return
+        _say(fresh, notes)
+        self._metrics.reloaded(success=True)
+        log.info("The configuration was reloaded.", action="reloaded")
+        for name in ("daemon", "http", "store", "dedupe", "escrow", "sources", "metrics"):
+            if getattr(fresh, name) != getattr(self._settings, name):
+                log.warning(
+                    f"[{name}] has changed; that takes a restart.", action="reload_needs_restart"
+                )
+
+    # -- Edges of the process
+    # ----------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _http(self) -> AsyncIterator[None]:
+        """Serve the API while running; requests under way finish."""
+        overview = api.Overview(self._bookkeeper)
+        self._metrics.watch(
+            Reads(
+                figures=overview.latest,
+                sources=self._intake.states.values,
+                dead_letters=lambda: self._bookkeeper.dead_letters,
+                store_bytes=lambda: self._store.stats().bytes,
+            )
+        )
+        app = api.build(
+            api_settings_of(self._settings),
+            self._bookkeeper,
+            self._intake,
+            settler=self._settler,
+            overview=overview,
+            instruments=self._metrics,
+            store_bytes=lambda: self._store.stats().bytes,
+            fatal=self._end,
+        )
+        listen = self._settings.http.listen
+        runner = api.runner(app, shutdown_timeout=REQUESTS_TIMEOUT_S)
+        await runner.setup()
+        try:
+            try:
+                await web.TCPSite(runner, listen.host, listen.port).start()
+            except OSError as error:
+                raise ConfigurationError(
+                    [Mistake("http.listen", f"cannot listen on {listen}: {error.strerror}")]
+                ) from None
+            log.info(f"Listening on http://{listen}/", action="listening")
+            yield
+        finally:
+            await runner.cleanup()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Listen to SIGTERM, SIGINT and SIGHUP while running, and put back what was there."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if self._stop.is_set():
+                self._hard_stop.set()
+            self._stop.set()
+
+        def reload() -> None:
+            task = loop.create_task(self._reload(), name="reload")
+            self._reloads.add(task)
+            task.add_done_callback(self._reloads.discard)
+
+        actions = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
+        for number, action in actions.items():
+            loop.add_signal_handler(number, action)
+        try:
+            yield
+        finally:
+            for number in actions:
+                loop.remove_signal_handler(number)

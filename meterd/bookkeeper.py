@@ -1,0 +1,600 @@
+"""The only door to the money: ledger, identities and store in step, or the process stops.
+
+Whatever changes the ledger comes through here: a batch of deliveries, a step of a settlement, a
+person's act. Each is decided and applied in memory at once, without an await in between, and handed
+to the store as one change. Nobody is told "done" before that change is durable; changes become
+durable in the order in which they were made. While a commit is under way memory is ahead of the
+disk, so a commit that fails ends the process, and the next one starts from the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from meterd.core.changes import (
+    AgreementRow,
+    Change,
+    DeadLetter,
+    JournalEntry,
+    MarkBlock,
+)
+from meterd.core.events import Decoded, EventDecoder, Reason, Rejection, UsageEvent
+from meterd.core.ledger import HOUR_MS, Account, Agreement, Conflict, Entry, Ledger, contents
+from meterd.core.meters import Meter
+from meterd.core.plans import Plan
+from meterd.core.settlement import (
+    Alarm,
+    Closing,
+    Effect,
+    Effects,
+    Escrow,
+    EscrowStatus,
+    Freeze,
+    Input,
+    NotAllowed,
+    Record,
+    Release,
+    ReleaseStatus,
+    Resolved,
+    Restarted,
+    Resume,
+    Rules,
+    step,
+)
+from meterd.core.thresholds import due, next_look
+from meterd.errors import InvariantBroken, NotFound, Refused
+from meterd.logs import get_logger
+from meterd.sources import Deliveries
+
+log = get_logger(__name__)
+
+
+class Clock(Protocol):
+    """Where the time comes from; the simulation has its own."""
+
+    def mono(self) -> float:
+        """Seconds that only grow, for durations."""
+
+    def wall(self) -> int:
+        """Milliseconds since the epoch, for periods and deadlines."""
+
+
+class Store(Protocol):
+    """What makes changes durable."""
+
+    writable: bool
+
+    def commit(self, change: Change) -> asyncio.Future[None]:
+        """Write a change behind all those before it; done when it is on the disk.
+
+        Fails with `StoreFailed`.
+        """
+
+    async def releases(
+        self,
+        *,
+        escrow: str | None = None,
+        agreement: str | None = None,
+        status: str | None = None,
+        limit: int = 100,
+        before: str | None = None,
+    ) -> list[Release]:
+        """List releases, newest first."""
+
+    async def dead_letters(
+        self, *, limit: int = 100, before: int | None = None, reason: str | None = None
+    ) -> list[DeadLetter]:
+        """List dead letters, newest first."""
+
+    async def dead_letter(self, number: int) -> DeadLetter | None:
+        """Find one dead letter."""
+
+
+class Identities(Protocol):
+    """The memory of seen events. Hours before `bucket_min` are forgotten, for ever."""
+
+    bucket_min: int
+
+    def digest(self, source: str, event_id: str) -> bytes:
+        """Make 16 bytes of an identity."""
+
+    def fingerprint(self, content: bytes) -> int:
+        """Make 32 bits of an event's content."""
+
+    def find(self, digests: bytes) -> Sequence[int]:
+        """For each packed digest, the fingerprint under which it is known, or -1."""
+
+    def add(
+        self, digests: bytes, prints: Sequence[int], buckets: Sequence[int]
+    ) -> tuple[MarkBlock, ...]:
+        """Remember identities; the blocks are what the same commit must hold."""
+
+    def expire(self, bucket_min: int) -> bool:
+        """Forget the hours before; whether there was anything to forget."""
+
+    def shrink(self) -> int | None:
+        """Where the limit of entries moves the window's start to; None: it is not reached."""
+
+
+class Facts(Protocol):
+    """Who wants to know what happened: the metrics."""
+
+    def batch(self, source: str, entry: Entry, sums: Mapping[str, int]) -> None:
+        """A batch was applied; `sums` is the quantity for each meter, in nanos."""
+
+    def released(self, release: Release, seconds: float) -> None:
+        """A release came to an outcome."""
+
+    def alarm(self, action: str) -> None:
+        """Something happened that a person must know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of some deliveries. Nobody may be told before `durable` is done."""
+
+    received: int
+    accepted: int
+    duplicates: int
+    rejections: Sequence[Rejection]
+    durable: asyncio.Future[None]
+
+
+class Bookkeeper:
+    """Owner of the ledger. All methods run on the event loop's thread."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: Store,
+        identities: Identities,
+        rules: Rules,
+        clock: Clock,
+        facts: Facts,
+        *,
+        decoder: EventDecoder,
+        window_ms: int,
+        positions: Mapping[str, str],
+        dead_letters: int,
+        dead_letter_next: int,
+    ) -> None:
+        self.ledger = ledger
+        self.store = store
+        self.rules = rules
+        self.clock = clock
+        self.positions = dict(positions)
+        self.dead_letters = dead_letters
+        self.pending = 0  # Deliveries that are applied and not yet durable.
+        self.due_changed = asyncio.Event()
+        self._due: dict[str, None] = {}  # Escrows that want a visit, oldest first.
+        self._asked: set[str] = (
+            set()
+        )  # Escrows that a person wants settled, whatever the thresholds say.
+        self._looks: list[
+            tuple[int, str]
+        ] = []  # (wall ms, escrow): when time alone may make something due.
+        self._look_at: dict[str, int] = {}
+        self._identities = identities
+        self._facts = facts
+        self._decoder = decoder
+        self._window_ms = window_ms
+        self._dead_letter_next = dead_letter_next
+        self._letters_lock = asyncio.Lock()
+
+    # -- Deliveries
+    # ------------------------------------------------------------------------------------------
+
+    def record(
+        self, source: str, deliveries: Deliveries, *, replaces: DeadLetter | None = None
+    ) -> Recorded:
+        """Account for deliveries: each is accepted, a duplicate or a rejection.
+
+        With `replaces` the one delivery is a dead letter that is tried again: it is gone when it is
+        no more rejected.
+        """
+        now = self.clock.wall()
+        # 1. Read.
+        decoded = self._decoder.decode(deliveries.payloads)
+        if deliveries.fields is not None or deliveries.faults:
+            decoded = [
+                _with_address(index, event, deliveries) for index, event in enumerate(decoded)
+            ]
+        # 2. Find counters and identities.
+        oldest = 0 if replaces is not None else self._oldest(now)
+        resolved = self.ledger.resolve(decoded, deliveries.ids, source, oldest, now)
+        digest, fingerprint = self._identities.digest, self._identities.fingerprint
+        digests = [digest(event.source, event.id) for event in resolved.events]
+        prints = [fingerprint(content) for content in contents(resolved.events)]
+        known = self._identities.find(b"".join(digests))
+        # 3. Decide and apply.
+        entry = self.ledger.decide(resolved, digests, prints, known)
+        buckets = resolved.buckets
+        if replaces is not None:
+            buckets = [now // HOUR_MS] * len(buckets)
+        marks = self._mark(entry, digests, prints, buckets)
+        counters, touched = self.ledger.apply(entry, now)
+        received = len(deliveries.payloads)
+        if entry.accepted + entry.duplicates + len(entry.rejections) != received:
+            raise InvariantBroken(f"{received} deliveries came, and not each has one verdict")
+        # 4. Hand over to the store.
+        letters = self._letters(source, deliveries, entry.rejections, now, replaces)
+        gone = (replaces.number,) if replaces is not None and not letters else ()
+        self.dead_letters += 0 if replaces is not None else len(letters)
+        self.dead_letters -= len(gone)
+        if deliveries.position is not None:
+            self.positions[source] = deliveries.position
+        closing = [self._put(account, Closing())[0] for account in entry.closes]
+        change = Change(
+            agreements=tuple(account.row for account in touched),
+            counters=tuple(counters),
+            marks=marks,
+            dead_letters=tuple(letters),
+            dead_letters_gone=gone,
+            positions=() if deliveries.position is None else ((source, deliveries.position),),
+            escrows=tuple(closing),
+        )
+        durable = self._commit(change, received)
+        # 5. Tell.
+        self._facts.batch(source, entry, _by_meter(entry))
+        for account in touched:
+            self._look(account, now)
+        return Recorded(received, entry.accepted, entry.duplicates, entry.rejections, durable)
+
+    def _mark(
+        self, entry: Entry, digests: list[bytes], prints: list[int], buckets: list[int]
+    ) -> tuple[MarkBlock, ...]:
+        if entry.fresh is not None:
+            chosen = [place for place, fresh in enumerate(entry.fresh) if fresh]
+            digests = [digests[place] for place in chosen]
+            prints = [prints[place] for place in chosen]
+            buckets = [buckets[place] for place in chosen]
+        if not digests:
+            return ()
+        return self._identities.add(b"".join(digests), prints, buckets)
+
+    def _letters(
+        self,
+        source: str,
+        deliveries: Deliveries,
+        rejections: Sequence[Rejection],
+        now: int,
+        replaces: DeadLetter | None,
+    ) -> list[DeadLetter]:
+        letters = []
+        for rejection in rejections:
+            index = rejection.index
+            if replaces is None:
+                number = self._dead_letter_next
+                self._dead_letter_next += 1
+            else:
+                number = replaces.number
+            fields = deliveries.fields[index] if deliveries.fields is not None else {}
+            letters.append(
+                DeadLetter(
+                    number=number,
+                    source=source,
+                    event_id=rejection.id,
+                    reason=rejection.reason.value,
+                    detail=rejection.detail,
+                    payload=bytes(deliveries.payloads[index]),
+                    transport_id=deliveries.ids[index] if deliveries.ids is not None else "",
+                    fields=tuple(fields.items()),
+                    received_at=now if replaces is None else replaces.received_at,
+                )
+            )
+        return letters
+
+    def _commit(self, change: Change, deliveries: int = 0) -> asyncio.Future[None]:
+        future = self.store.commit(change)
+        if deliveries:
+            self.pending += deliveries
+
+            def settled(_: asyncio.Future[None]) -> None:
+                self.pending -= deliveries
+
+            future.add_done_callback(settled)
+        return future
+
+    def _oldest(self, now: int) -> int:
+        """From when on events are taken: never from an hour whose identities are forgotten."""
+        return max(now - self._window_ms, self._identities.bucket_min * HOUR_MS)
+
+    async def tidy(self) -> None:
+        """Forget identities that left the window; shrink it, visibly, at the limit of entries."""
+        now = self.clock.wall()
+        bucket = (now - self._window_ms) // HOUR_MS
+        shrunk = self._identities.shrink()
+        if shrunk is not None and shrunk > bucket:
+            bucket = shrunk
+            self._window_ms = now - shrunk * HOUR_MS
+            log.warning(
+                "The dedupe window shrinks: its limit of entries is reached.",
+                action="dedupe_window_shrunk",
+                window_hours=self._window_ms // HOUR_MS,
+            )
+            self._facts.alarm("dedupe_window_shrunk")
+        if self._identities.expire(bucket):
+            await self._commit(Change(marks_from=bucket))
+
+    # -- Dead letters
+    # ----------------------------------------------------------------------------------------
+
+    async def replay(self, number: int) -> Recorded:
+        """Try a dead letter again, as it came; a late one is priced now, as a person asked.
+
+        Raises `NotFound`.
+        """
+        async with self._letter(number) as letter:
+            deliveries = Deliveries(
+                payloads=[letter.payload],
+                ids=[letter.transport_id] if letter.transport_id else None,
+                fields=[dict(letter.fields)] if letter.fields else None,
+            )
+            recorded = self.record(letter.source, deliveries, replaces=letter)
+            await asyncio.shield(recorded.durable)
+            return recorded
+
+    async def discard(self, number: int, actor: str, reason: str) -> None:
+        """Throw a dead letter away, for a reason that is journalled. Raises `NotFound`."""
+        async with self._letter(number):
+            self.dead_letters -= 1
+            entry = self._journal(actor, "dead_letter_discarded", f"dead letter {number}", reason)
+            await self._durable(Change(dead_letters_gone=(number,), journal=(entry,)))
+
+    @contextlib.asynccontextmanager
+    async def _letter(self, number: int) -> AsyncIterator[DeadLetter]:
+        """Take a dead letter in hand, alone: two at once would count it as gone twice."""
+        async with self._letters_lock:
+            letter = await self.store.dead_letter(number)
+            if letter is None:
+                raise NotFound(f"there is no dead letter {number}; list them: meterd dead-letters")
+            yield letter
+
+    # -- Agreements and persons
+    # ------------------------------------------------------------------------------
+
+    async def bind(self, agreement: Agreement, actor: str) -> Account:
+        """Bind escrows to a plan. Binding again what is bound changes nothing. Raises `Refused`."""
+        try:
+            change = self.ledger.bind(agreement, self.clock.wall())
+        except Conflict as conflict:
+            raise Refused(str(conflict)) from None
+        account = self.ledger.accounts[agreement.id]
+        if change == Change():
+            await self._durable(change)  # The first binding may still be on its way to the disk.
+            return account
+        detail = f"plan {agreement.plan}, escrows {dict(agreement.escrows)}"
+        entry = self._journal(actor, "agreement_bound", agreement.id, detail)
+        await self._durable(replace(change, journal=(entry,)))
+        self.visit(account.escrow)
+        return account
+
+    async def close(self, account: Account, actor: str, reason: str = "") -> None:
+        """Settle an agreement to the last quantum and close it."""
+        row = self.ledger.close(account)
+        escrow, _ = self._put(account, Closing())
+        entry = self._journal(actor, "agreement_closing", account.agreement.id, reason)
+        await self._durable(Change(agreements=(row,), escrows=(escrow,), journal=(entry,)))
+        self.visit(account.escrow)
+
+    async def settle(self, account: Account, actor: str, reason: str = "") -> None:
+        """Release what is unsettled now, whatever the thresholds say."""
+        entry = self._journal(actor, "settlement_asked", account.agreement.id, reason)
+        await self._durable(Change(journal=(entry,)))
+        if self.ledger.escrows[account.escrow].payable(account.owed) > 0:
+            self._asked.add(account.escrow)
+        self.visit(account.escrow)
+
+    async def freeze(self, account: Account, actor: str, reason: str) -> None:
+        """Make no more releases on an agreement's escrow. Raises `Refused`."""
+        await self._act(account, Freeze(f"{actor}: {reason}"), actor, "escrow_frozen", reason)
+
+    async def resume(self, account: Account, actor: str, reason: str) -> None:
+        """Go on from what the service shows now. Raises `Refused`."""
+        await self._act(account, Resume(reason), actor, "escrow_resumed", reason)
+        self.visit(account.escrow)
+
+    async def resolve(self, account: Account, actor: str, reason: str, *, landed: bool) -> None:
+        """Say what became of the release in doubt. Raises `Refused`."""
+        event = Resolved(landed, reason, self.clock.mono(), self.clock.wall())
+        action = "release_landed" if landed else "release_absent"
+        await self._act(account, event, actor, action, reason)
+        self.visit(account.escrow)
+
+    async def _act(
+        self, account: Account, event: Input, actor: str, action: str, reason: str
+    ) -> None:
+        entry = self._journal(actor, action, account.escrow, reason)
+        try:
+            await self.step(account.escrow, event, entry)
+        except NotAllowed as error:
+            raise Refused(str(error)) from None
+
+    async def reload(self, plans: Mapping[str, Plan], meters: Mapping[str, Meter]) -> None:
+        """Take changed plans and meters. Raises `Refused`, having changed nothing."""
+        try:
+            change = self.ledger.reload(plans, meters)
+        except Conflict as conflict:
+            raise Refused(str(conflict)) from None
+        if change != Change():
+            await self._durable(change)
+
+    def _journal(self, actor: str, action: str, subject: str, detail: str) -> JournalEntry:
+        return JournalEntry(self.clock.wall(), actor, action, subject, detail)
+
+    # -- Settlement
+    # ------------------------------------------------------------------------------------------
+
+    async def step(
+        self, escrow: str, event: Input, journal: JournalEntry | None = None
+    ) -> Sequence[Effect]:
+        """Drive an escrow's state table one step; what is to be carried out, once it is durable.
+
+        Raises `NotAllowed` as the table does.
+        """
+        before = self.ledger.escrows[escrow]
+        account = self.ledger.accounts[before.agreement]
+        after, effects = self._put(account, event)
+        entries = [journal] if journal is not None else []
+        entries += [
+            self._journal("meterd", effect.action, escrow, effect.detail)
+            for effect in effects
+            if isinstance(effect, Alarm)
+        ]
+        change = Change(
+            agreements=self._interval(account, effects),
+            escrows=() if stored(before) == stored(after) else (after,),
+            releases=tuple(effect.release for effect in effects if isinstance(effect, Record)),
+            journal=tuple(entries),
+        )
+        if change != Change():
+            await self._durable(change)
+        if change.releases:
+            self._asked.discard(escrow)
+        self._tell(escrow, effects)
+        return [effect for effect in effects if not isinstance(effect, Record | Alarm)]
+
+    def _put(self, account: Account, event: Input) -> tuple[Escrow, Effects]:
+        after, effects = step(self.ledger.escrows[account.escrow], event, self.rules)
+        self.ledger.put(after)
+        return after, effects
+
+    def _interval(self, account: Account, effects: Effects) -> tuple[AgreementRow, ...]:
+        landed = any(
+            isinstance(effect, Record) and effect.release.status is ReleaseStatus.CONFIRMED
+            for effect in effects
+        )
+        row = self.ledger.settled_from(account, self.clock.wall()) if landed else None
+        return () if row is None else (row,)
+
+    def _tell(self, escrow: str, effects: Effects) -> None:
+        for effect in effects:
+            if isinstance(effect, Alarm):
+                log.error(effect.detail, action=effect.action, escrow=escrow)
+                self._facts.alarm(effect.action)
+            elif isinstance(effect, Record):
+                release = effect.release
+                seconds = (self.clock.wall() - release.created_at) / 1000
+                self._facts.released(release, seconds)
+
+    async def start(self) -> None:
+        """Step every escrow over the restart: what was open is in doubt now."""
+        event = Restarted(self.clock.mono(), self.clock.wall())
+        for escrow in list(self.ledger.escrows):
+            if self.ledger.escrows[escrow].status is not EscrowStatus.CLOSED:
+                await self.step(escrow, event)
+        now = self.clock.wall()
+        for account in self.ledger.accounts.values():
+            self._look(account, now)
+
+    def visit(self, escrow: str) -> None:
+        """Ask for a visit of the settler to this escrow, now."""
+        self._due[escrow] = None
+        self.due_changed.set()
+
+    def due(self, account: Account) -> str:
+        """Name the threshold that asks for a release of this agreement now; "" when none does."""
+        escrow = self.ledger.escrows[account.escrow]
+        settle = account.plan.settle
+        why = due(settle, escrow, account.standing, self.clock.wall(), self.margin)
+        return why or ("asked" if escrow.id in self._asked and escrow.payable(account.owed) else "")
+
+    @property
+    def margin(self) -> int:
+        """How long before a deadline, in ms, what is due must leave: a doubt takes this long."""
+        return int(self.rules.quarantine * 2000) + 60_000
+
+    def take_due(self) -> list[str]:
+        """Hand out the escrows that want a visit, and those that time alone made due."""
+        now = self.clock.wall()
+        while self._looks and self._looks[0][0] <= now:
+            at, escrow = heapq.heappop(self._looks)
+            if self._look_at.get(escrow) == at:
+                del self._look_at[escrow]
+                self._due[escrow] = None
+        taken = list(self._due)
+        self._due.clear()
+        self.due_changed.clear()
+        return taken
+
+    @property
+    def next_look(self) -> int | None:
+        """When, in wall ms, time alone may make something due."""
+        return self._looks[0][0] if self._looks else None
+
+    def _look(self, account: Account, now: int) -> None:
+        """Note, after usage or a release, whether something is due or when it will be.
+
+        Only of an active escrow with nothing open; any other is visited by the settler's own clock.
+        """
+        escrow = self.ledger.escrows[account.escrow]
+        if escrow.status is not EscrowStatus.ACTIVE or escrow.release is not None:
+            return
+        settle, standing = account.plan.settle, account.standing
+        if due(settle, escrow, standing, now, self.margin):
+            self.visit(account.escrow)
+            return
+        at = next_look(settle, escrow, standing, self.margin)
+        if at is not None and self._look_at.get(escrow.id) != at:
+            self._look_at[escrow.id] = at
+            heapq.heappush(self._looks, (at, escrow.id))
+
+    def look_again(self, escrow: str) -> None:
+        """The settler is done with a visit: note when this escrow wants the next one."""
+        account = self.ledger.accounts[self.ledger.escrows[escrow].agreement]
+        self._look(account, self.clock.wall())
+
+    async def _durable(self, change: Change) -> None:
+        """Wait for a commit; a caller that is cancelled meanwhile does not cancel it."""
+        await asyncio.shield(self._commit(change))
+
+
+def stored(escrow: Escrow) -> Escrow:
+    """The part of an escrow's state that its row holds; releases have rows of their own."""
+    return replace(
+        escrow,
+        release=None,
+        voids=(),
+        reading=None,
+        suspicion=None,
+        low_since=None,
+        next_mono=0.0,
+        failures=0,
+    )
+
+
+def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded:
+    """Bring in what the transport says of a delivery: its address, or that it is bad."""
+    fault = deliveries.faults.get(index)
+    if fault is not None:
+        event_id = event.id if event.id.isprintable() else ""
+        return Rejection(index, event_id[:200], fault.reason, fault.detail)
+    if isinstance(event, Rejection) or deliveries.fields is None:
+        return event
+    for name, value in deliveries.fields[index].items():
+        said = _said(event, name)
+        if said and said != value:
+            detail = f"the address says {name} = {value[:80]}, the payload another"
+            return Rejection(index, event.id[:200], Reason.MISMATCH, detail)
+        if not said:
+            setattr(event, name, value)
+    return event
+
+
+def _said(event: UsageEvent, name: str) -> str:
+    if name == "escrow_id" and not event.escrow_id:
+        return event.agreement
+    return str(getattr(event, name))
+
+
+def _by_meter(entry: Entry) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for counter, quantity in entry.quantities.items():
+        name = counter.meter.name
+        sums[name] = sums.get(name, 0) + quantity
+    return sums

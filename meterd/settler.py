@@ -1,0 +1,302 @@
+"""The loop that pays: due -> reading -> intention -> call -> outcome, an escrow at a time.
+
+A visit always begins with a fresh reading of the escrow, so that settling, adopting and resolving a
+doubt are one path. What may be done after it is the state table's to say (`core.settlement.step`);
+this file only carries out its effects, in order, and chooses when to come again. Many escrows are
+visited side by side, up to `concurrency`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from meterd.bookkeeper import Bookkeeper
+from meterd.core.settlement import (
+    UNKNOWN_OUTCOME,
+    Answer,
+    Answered,
+    AnswerKind,
+    Confirm,
+    Due,
+    Effect,
+    Escrow,
+    EscrowStatus,
+    Go,
+    Observed,
+    Reading,
+    Release,
+    Repeat,
+    Send,
+    Unreadable,
+)
+from meterd.logs import get_logger
+
+log = get_logger(__name__)
+
+# A rotated key is put right by a person; the log need not say more often that it is wrong.
+KEY_REFUSED_WAIT_S = 30.0
+
+
+class Unread(Protocol):
+    """A reading that gave nothing, and why. An expected outcome, therefore a value."""
+
+    @property
+    def kind(self) -> str:
+        """One of key_refused, forbidden, missing, limited, unavailable, nonsense."""
+
+    @property
+    def detail(self) -> str:
+        """What happened, for a person."""
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds that the service asked us to wait."""
+
+
+class EscrowService(Protocol):
+    """The escrow service as the settler needs it. Neither call raises but when it is cancelled."""
+
+    async def read(self, escrow: str) -> Reading | Unread:
+        """Read an escrow."""
+
+    async def release_partial(self, release: Release) -> Answer:
+        """Make the call: at most one request leaves, in all of this release's life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often to come. Durations in seconds."""
+
+    concurrency: int = 16
+    reconcile_interval: float = 300.0
+    doubts_max: int = 3
+    doubts_window: float = 600.0
+
+
+class Settler:
+    """Visits escrows: those due, those in doubt or being adopted, and each now and then."""
+
+    def __init__(self, bookkeeper: Bookkeeper, service: EscrowService, pace: Pace = Pace()) -> None:
+        self._bookkeeper = bookkeeper
+        self._service = service
+        self._pace = pace
+        self._clock = bookkeeper.clock
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._waiting: set[str] = set()  # In the queue.
+        self._busy: set[str] = set()  # Being visited.
+        self._again: set[str] = set()  # Asked for while being visited.
+        self._timers: list[tuple[float, str]] = []  # (mono, escrow)
+        self._timer_at: dict[str, float] = {}
+        self._doubts: deque[float] = deque(maxlen=pace.doubts_max)
+        self._key_refused_until = 0.0
+        self._stopping = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # -- The loops ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Settle until cancelled. Raises only what must end the process."""
+        for escrow in self._bookkeeper.ledger.escrows.values():
+            if escrow.status is not EscrowStatus.CLOSED:
+                self._enqueue(escrow.id)
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._pace.concurrency):
+                group.create_task(self._worker(), name=f"settler {number}")
+            while True:
+                await self._wait()
+                for escrow_id in self._take():
+                    self._enqueue(escrow_id)
+
+    async def drain(self) -> None:
+        """Settle what is due now, then intend nothing more. Bounded by the caller's time-out."""
+        for account in self._bookkeeper.ledger.accounts.values():
+            if self._bookkeeper.due(account):
+                self._enqueue(account.escrow)
+        while self._waiting or self._busy:
+            self._idle.clear()
+            await self._idle.wait()
+        self._stopping.set()
+
+    def halt(self) -> None:
+        """Intend nothing more from now on; what is under way goes on."""
+        self._stopping.set()
+
+    async def _wait(self) -> None:
+        """Sleep until something is due, a timer runs out or a threshold's moment comes."""
+        delays = [3600.0]
+        if self._timers:
+            delays.append(self._timers[0][0] - self._clock.mono())
+        look = self._bookkeeper.next_look
+        if look is not None:
+            delays.append((look - self._clock.wall()) / 1000)
+        if min(delays) <= 0:
+            return
+        try:
+            async with asyncio.timeout(min(delays)):
+                await self._bookkeeper.due_changed.wait()
+        except TimeoutError:
+            return
+
+    def _take(self) -> list[str]:
+        now = self._clock.mono()
+        taken = self._bookkeeper.take_due()
+        while self._timers and self._timers[0][0] <= now:
+            at, escrow = heapq.heappop(self._timers)
+            if self._timer_at.get(escrow) == at:
+                del self._timer_at[escrow]
+                taken.append(escrow)
+        return taken
+
+    def _enqueue(self, escrow: str) -> None:
+        if escrow in self._busy:
+            self._again.add(escrow)
+        elif escrow not in self._waiting:
+            self._waiting.add(escrow)
+            self._queue.put_nowait(escrow)
+
+    async def _worker(self) -> None:
+        while True:
+            escrow = await self._queue.get()
+            self._waiting.discard(escrow)
+            self._busy.add(escrow)
+            try:
+                await self.visit(escrow)
+            finally:
+                self._busy.discard(escrow)
+                if not self._waiting and not self._busy:
+                    self._idle.set()
+            self._plan(escrow)
+
+    # -- A visit ------------------------------------------------------------------------------
+
+    async def visit(self, escrow: str) -> None:
+        """Read one escrow and do what its state table asks for."""
+        bookkeeper, clock = self._bookkeeper, self._clock
+        account = bookkeeper.ledger.accounts[bookkeeper.ledger.escrows[escrow].agreement]
+        state = bookkeeper.ledger.escrows[escrow]
+        if state.status is EscrowStatus.CLOSED or clock.mono() < self._paced_until(state):
+            return
+        idle = state.status is EscrowStatus.ACTIVE and state.release is None
+        if idle and bookkeeper.due(account) and self.blocked():
+            return
+        # 1. Read.
+        reading = await self._service.read(escrow)
+        if not isinstance(reading, Reading):
+            if reading.kind == "key_refused":
+                self._refuse_key(reading.detail)
+            await bookkeeper.step(escrow, Unreadable(reading.detail, clock.mono()))
+            return
+        await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), account.owed))
+        # 2. A doubt that the service itself can resolve.
+        state = bookkeeper.ledger.escrows[escrow]
+        if state.release is not None:
+            if bookkeeper.rules.honoured and state.release.status in UNKNOWN_OUTCOME:
+                effects = await bookkeeper.step(escrow, Repeat(clock.mono(), clock.wall()))
+                await self._carry_out(escrow, effects)
+            return
+        # 3. Intend.
+        why = bookkeeper.due(account)
+        if not why or self.blocked():
+            return
+        event = Due(
+            owed=account.owed,
+            why=why,
+            release_id=f"rel_{secrets.token_hex(12)}",
+            units=account.units,
+            mono=clock.mono(),
+            wall=clock.wall(),
+        )
+        effects = await bookkeeper.step(escrow, event)
+        # 4. Pay.
+        await self._carry_out(escrow, effects)
+
+    async def _carry_out(self, escrow: str, effects: Sequence[Effect]) -> None:
+        bookkeeper, clock = self._bookkeeper, self._clock
+        if Confirm() in effects:
+            effects = await bookkeeper.step(escrow, Go(clock.mono(), clock.wall()))
+        for effect in effects:
+            if isinstance(effect, Send):
+                answer = await self._service.release_partial(effect.release)
+                if answer.kind is AnswerKind.KEY_REFUSED:
+                    self._refuse_key(answer.detail)
+                await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
+                open_release = bookkeeper.ledger.escrows[escrow].release
+                if open_release is not None and open_release.status in UNKNOWN_OUTCOME:
+                    self._doubts.append(clock.mono())
+
+    def blocked(self) -> str:
+        """Say why nothing is intended on any escrow now; "" when nothing stands against it."""
+        now = self._clock.mono()
+        if self._stopping.is_set():
+            return "meterd is stopping"
+        if not self._bookkeeper.store.writable:
+            return "the disk is full"
+        if now < self._key_refused_until:
+            return "the escrow service refuses the key"
+        full = len(self._doubts) == self._doubts.maxlen
+        if full and now - self._doubts[0] < self._pace.doubts_window:
+            return f"{len(self._doubts)} releases came into doubt one after the other"
+        return ""
+
+    def _refuse_key(self, detail: str) -> None:
+        now = self._clock.mono()
+        if now >= self._key_refused_until:
+            log.error(
+                "The escrow service refuses the key; nothing is released until it is put right. "
+                "Check escrow.api_key, then: meterd check --live",
+                action="key_refused",
+                detail=detail,
+            )
+        self._key_refused_until = now + KEY_REFUSED_WAIT_S
+
+    # -- When to come again -------------------------------------------------------------------
+
+    def _plan(self, escrow: str) -> None:
+        """Set the timer for this escrow's next visit."""
+        if escrow in self._again:
+            self._again.discard(escrow)
+            state = self._bookkeeper.ledger.escrows[escrow]
+            if self._clock.mono() >= self._paced_until(state):
+                self._enqueue(escrow)
+                return
+        delay = self._delay(self._bookkeeper.ledger.escrows[escrow])
+        if delay is None:
+            return
+        at = self._clock.mono() + delay
+        if at < self._timer_at.get(
+            escrow, math.inf
+        ):  # An earlier timer plans anew when it runs out.
+            self._timer_at[escrow] = at
+            heapq.heappush(self._timers, (at, escrow))
+            if self._timers[0][1] == escrow:
+                self._bookkeeper.due_changed.set()  # The loop sleeps until another moment.
+
+    def _delay(self, state: Escrow) -> float | None:
+        """Seconds until the next visit; None: never."""
+        now = self._clock.mono()
+        rules, pace = self._bookkeeper.rules, self._pace
+        paced = max(0.0, state.next_mono - now)
+        if state.status is EscrowStatus.CLOSED:
+            return None
+        if state.status is EscrowStatus.FROZEN and state.release is None:
+            return pace.reconcile_interval
+        unsure = state.release is not None or state.suspicion or state.low_since is not None
+        if unsure or state.status in (EscrowStatus.ADOPTING, EscrowStatus.PAUSED):
+            return max(paced, rules.observe_gap)
+        account = self._bookkeeper.ledger.accounts[state.agreement]
+        if self._bookkeeper.due(account):
+            return max(paced, 0.05 if not self.blocked() else 1.0)
+        self._bookkeeper.look_again(state.id)
+        return pace.reconcile_interval
+
+    def _paced_until(self, state: Escrow) -> float:
+        """A doubt is read as soon as possible; what is only due waits for its pace."""
+        return 0.0 if state.release is not None else state.next_mono
