@@ -1,0 +1,164 @@
+"""Commands that need no running daemon: run one, the sandbox, the demo, the configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from meterd import __version__
+from meterd.cli.daemon import WrongUse
+from meterd.cli.options import Config
+from meterd.errors import MeterdError, Mistake
+
+
+class Deadline(StrEnum):
+    """Who gets the remainder of a sandbox escrow at its deadline."""
+
+    RELEASE = "release"
+    REFUND = "refund"
+
+
+def run(config: Config = None) -> None:
+    """Run the daemon until SIGTERM or Ctrl-C; a second one ends it at once."""
+    from meterd import app
+
+    raise typer.Exit(app.run(config))
+
+
+def demo(
+    crash: Annotated[
+        bool, typer.Option("--crash", help="Kill the daemon again and again meanwhile.")
+    ] = False,
+    seconds: Annotated[
+        int, typer.Option("--seconds", metavar="N", min=1, max=86_400, help="How long it runs.")
+    ] = 60,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the dashboard in a browser.")
+    ] = True,
+) -> None:
+    """Run everything on this machine, with nothing installed beside, and check the sums."""
+    from meterd import demo as show
+
+    raise typer.Exit(show.run(crash=crash, seconds=seconds, no_browser=not browser))
+
+
+def sandbox(
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Loopback alone.")
+    ] = "127.0.0.1:8788",
+    data_file: Annotated[
+        Path, typer.Option(metavar="FILE", help="What it keeps; made if it is not there.")
+    ] = Path("meterd-sandbox.db"),
+    key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=AGENT", help="An API key and whose it is; again for another."),
+    ] = None,
+    deadline: Annotated[
+        Deadline, typer.Option(help="Who is paid at a deadline.")
+    ] = Deadline.RELEASE,
+    fee_bps: Annotated[int, typer.Option(help="The payee's fee in hundredths of a percent.")] = 100,
+    rate_limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Releases a minute for each escrow.")
+    ] = None,
+    honour_idempotency: Annotated[
+        bool, typer.Option("--honour-idempotency", help="A repeated Idempotency-Key moves nothing.")
+    ] = False,
+) -> None:
+    """Serve the escrow service for development, with its faults on request, until Ctrl-C."""
+    import asyncio
+
+    from meterd.sandbox import server
+    from meterd.sandbox.settings import DEVELOPMENT_KEYS, SandboxSettings
+
+    keys = dict(_key_of(text) for text in key) if key else dict(DEVELOPMENT_KEYS)
+    settings = SandboxSettings(
+        data_file=data_file,
+        listen=listen,
+        keys=keys,
+        deadline=deadline.value,
+        fee_bps=fee_bps,
+        rate_limit_per_minute=rate_limit,
+        honour_idempotency=honour_idempotency,
+    )
+
+    def ready(origin: str) -> None:
+        lines = [f"base_url  {origin}{server.API}", f"controls  {origin}/_faults and others"]
+        # Keys that somebody chose are theirs to know; those for development everybody knows.
+        lines += [f"api_key   {name} ({agent})" for name, agent in keys.items() if not key]
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+    try:
+        asyncio.run(server.serve(settings, ready))
+    except OSError as error:
+        raise MeterdError(
+            f"{listen}: {error.strerror}; name another: --listen 127.0.0.1:0"
+        ) from None
+
+
+def _key_of(text: str) -> tuple[str, str]:
+    name, equals, agent = text.rpartition("=")
+    if not (name and equals and agent):
+        raise WrongUse("write --key KEY=AGENT, such as --key pf_live_mine=agent_mine")
+    return name, agent
+
+
+def check(
+    config: Config = None,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Ask the escrow service and the brokers too; moves no money."),
+    ] = False,
+) -> None:
+    """List every mistake in the configuration, with its key; exit 2 when there is one."""
+    from meterd import config as configuration
+
+    notes: list[Mistake] = []
+    file = configuration.find(config, os.environ)
+    settings = configuration.load(file, os.environ, warn=notes.append)
+    for note in notes:
+        sys.stderr.write(f"note: {note}\n")
+    sys.stdout.write(f"{file}: no mistakes\n")
+    if live:
+        from meterd.cli import live as questions
+
+        raise typer.Exit(questions.ask(settings))
+
+
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(f"meterd {__version__}\n")
+
+
+def config_example() -> None:
+    """Print a configuration with every key, its default and a comment."""
+    from meterd import config as configuration
+
+    sys.stdout.write(configuration.example())
+
+
+def config_schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from meterd import config as configuration
+
+    sys.stdout.write(json.dumps(configuration.schema(), indent=2) + "\n")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "run": run,
+    "demo": demo,
+    "sandbox": sandbox,
+    "check": check,
+    "version": version,
+}
+CONFIG_COMMANDS: dict[str, Callable[..., Any]] = {
+    "example": config_example,
+    "schema": config_schema,
+}

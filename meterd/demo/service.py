@@ -1,0 +1,236 @@
+"""The paid service of the demo: customers who use it, and its own account of what they used.
+
+Its account is kept in decimals of the standard library and knows nothing of meterd's ledger, so
+that the two can disagree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import ROUND_FLOOR, Decimal
+from typing import Protocol
+
+import msgspec
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from meterd.demo.stage import PAYER_KEY, Stage
+from meterd.errors import MeterdError
+
+QUANTUM = Decimal("0.000001")
+PUBLISH_TIMEOUT_S = 10.0
+
+Event = dict[str, object]
+
+
+@dataclass(slots=True)
+class Customer:
+    """One customer: what he uses, over which transport it is told, and what it comes to."""
+
+    name: str
+    plan: str
+    transport: str
+    deposit: str
+    burst: int  # Calls at a time, at most.
+    forgetful: bool = False  # His part of the service sends each event twice.
+    escrow: str = ""
+    events: int = 0
+    used: Decimal = Decimal(0)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def payable(self) -> Decimal:
+        """What must have been released in the end: the used amount, cut at the quantum."""
+        return self.used.quantize(QUANTUM, ROUND_FLOOR)
+
+    def use(self, rng: random.Random) -> list[Event]:
+        """Use the service some times; the usage events that the service tells."""
+        events: list[Event] = []
+        for _ in range(rng.randint(1, self.burst)):
+            events += self._call(rng)
+        self.events += len(events)
+        return events
+
+    def _call(self, rng: random.Random) -> list[Event]:
+        if self.plan == "calls":
+            self.used += Decimal("0.001")
+            return [self._event("calls", 1)]
+        if self.plan == "speech":
+            seconds = Decimal(rng.randint(36, 1800)) / 100
+            self.used += seconds * Decimal("0.36") / 3600
+            return [self._event("seconds", str(seconds))]
+        tokens = {"input": rng.randint(50, 3000), "output": rng.randint(20, 800)}
+        self.used += Decimal("0.0005") * tokens["input"] / 1000
+        self.used += Decimal("0.002") * tokens["output"] / 1000
+        return [
+            self._event("tokens", count, {"kind": kind, "model": "m-large"})
+            for kind, count in tokens.items()
+        ]
+
+    def _event(self, meter: str, quantity: object, dimensions: object = None) -> Event:
+        event: Event = {
+            "id": f"{self.name.lower()}-{next(self.numbers)}",
+            "source": "demo-service",
+            "escrow_id": self.escrow,
+            "meter": meter,
+            "quantity": quantity,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
+        if dimensions is not None:
+            event["dimensions"] = dimensions
+        return event
+
+
+def cast() -> list[Customer]:
+    """The customers of the demo."""
+    return [
+        Customer("Ada", "tokens", "mqtt", "5.00", 4),
+        Customer("Bo", "calls", "redis", "5.00", 12),
+        Customer("Cy", "tokens", "http", "5.00", 6),
+        Customer("Di", "speech", "redis", "5.00", 3),
+        Customer("Eve", "calls", "redis", "5.00", 8, forgetful=True),
+    ]
+
+
+class Transport(Protocol):
+    """One way to meterd.
+
+    `send` returns when the broker, or meterd itself, has taken the events over.
+    """
+
+    async def send(self, events: list[Event]) -> None:
+        """Send usage events, again and again with the same ids until they are taken over."""
+
+
+class HttpTransport:
+    """`POST /v1/events`: the answer means that the events are on the disk."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    async def send(self, events: list[Event]) -> None:
+        """Send until answered; a daemon that was killed meanwhile knows the ids again."""
+        url = f"{self._stage.addresses.daemon}/v1/events"
+        while True:
+            with contextlib.suppress(MeterdError):
+                await self._stage.call("POST", url, events)
+                return
+            await asyncio.sleep(0.2)
+
+
+class RedisTransport:
+    """`XADD`: one entry for each event, its JSON in the field `event`."""
+
+    def __init__(self, port: int) -> None:
+        self._client = Redis(host="127.0.0.1", port=port)
+
+    async def send(self, events: list[Event]) -> None:
+        """Send until the server has answered."""
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for event in events:
+                        pipeline.xadd("meterd:usage", {"event": msgspec.json.encode(event)})
+                    await pipeline.execute()
+                return
+            await asyncio.sleep(0.2)
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._client.aclose()
+
+
+class MqttTransport:
+    """QoS 1 to `meterd/usage/{escrow_id}/{meter}`."""
+
+    def __init__(self, port: int) -> None:
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id="demo-service")
+        self._client.username_pw_set("demo-service")
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+
+    async def send(self, events: list[Event]) -> None:
+        """Send, and wait for each PUBACK."""
+        sent = [
+            self._client.publish(
+                f"meterd/usage/{event['escrow_id']}/{event['meter']}",
+                msgspec.json.encode(event),
+                qos=1,
+            )
+            for event in events
+        ]
+        for message in sent:
+            await asyncio.to_thread(message.wait_for_publish, PUBLISH_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@contextlib.asynccontextmanager
+async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
+    """Open the ways that the stage has; HTTP stands in for those it has not."""
+    http = HttpTransport(stage)
+    ways: dict[str, Transport] = {"http": http, "redis": http, "mqtt": http}
+    async with contextlib.AsyncExitStack() as stack:
+        if stage.addresses.redis_port is not None:
+            redis = RedisTransport(stage.addresses.redis_port)
+            stack.push_async_callback(redis.close)
+            ways["redis"] = redis
+        if stage.addresses.mqtt_port is not None:
+            mqtt = MqttTransport(stage.addresses.mqtt_port)
+            stack.callback(mqtt.close)
+            ways["mqtt"] = mqtt
+        yield ways
+
+
+async def open_agreements(stage: Stage, customers: list[Customer]) -> None:
+    """Each customer locks a deposit for the provider; the provider binds it to a plan."""
+    for customer in customers:
+        body = {
+            "to_agent_id": "agent_provider",
+            "amount": customer.deposit,
+            "memo": f"demo:{customer.name}",
+        }
+        url = f"{stage.addresses.escrow}/api/v1/escrow"
+        locked = await stage.call("POST", url, body, PAYER_KEY)
+        customer.escrow = locked["escrow_id"]
+        binding = {
+            "plan": customer.plan,
+            "payer": customer.name,
+            "escrows": {"main": customer.escrow},
+        }
+        url = f"{stage.addresses.daemon}/v1/agreements/{customer.escrow}"
+        await stage.call("PUT", url, binding)
+
+
+async def serve(customer: Customer, way: Transport, until: asyncio.Event, seed: int) -> None:
+    """Serve one customer until the demo's time is over."""
+    rng = random.Random(seed)  # noqa: S311 - believable traffic, no secret.
+    while not until.is_set():
+        events = customer.use(rng)
+        await way.send(events + events if customer.forgetful else events)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0.05, 0.6)):
+                await until.wait()
+
+
+def bad_event(customer: Customer) -> Event:
+    """An event that no bill can be made of: it must end as a dead letter and disturb nobody."""
+    return {
+        "id": f"{customer.name.lower()}-broken",
+        "source": "demo-service",
+        "escrow_id": customer.escrow,
+        "meter": "calls",
+        "quantity": -5,
+        "time": "yesterday",
+    }

@@ -1,0 +1,223 @@
+"""The stage of the demo: every process, its address, and the configuration between them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+from rich.console import Console
+
+from meterd.demo import brokers
+from meterd.demo.processes import Child, free_port
+from meterd.errors import MeterdError
+
+DASHBOARD_PORT = 8787
+PROVIDER_KEY = "pf_live_sandbox_provider"  # The sandbox's own development keys; no secrets.
+PAYER_KEY = "pf_live_sandbox_payer"
+
+CONFIG = """
+[daemon]
+data_dir = "{directory}/state"
+
+[http]
+listen = "127.0.0.1:{port}"
+
+[escrow]
+base_url = "{escrow}/api/v1"
+api_key = "{key}"
+in_doubt_quarantine = "2s"
+observe_gap = "300ms"
+min_interval = "500ms"
+request_timeout = "5s"
+voids_per_day = 1000
+doubts_max = 100
+
+[meters.tokens]
+unit = "token"
+
+[meters.calls]
+aggregation = "count"
+unit = "call"
+
+[meters.seconds]
+unit = "second"
+
+[plans.tokens]
+pattern = "pay_per_token"
+rates = [
+    {{ meter = "tokens", price = "0.0005", per = 1000, where = {{ kind = "input" }} }},
+    {{ meter = "tokens", price = "0.002", per = 1000, where = {{ kind = "output" }} }},
+]
+settle = {{ amount = "0.02", interval = "5s", min_release = "0.000001" }}
+
+[plans.calls]
+pattern = "streaming"
+rates = [{{ meter = "calls", price = "0.001" }}]
+settle = {{ units = "100", interval = "10s", min_release = "0.000001" }}
+
+[plans.speech]
+pattern = "streaming"
+rates = [{{ meter = "seconds", price = "0.36", per = 3600 }}]
+settle = {{ amount = "0.005", interval = "5s", min_release = "0.000001" }}
+"""
+REDIS = """
+[[sources]]
+kind = "redis"
+name = "redis"
+url = "redis://127.0.0.1:{port}/0"
+"""
+MQTT = """
+[[sources]]
+kind = "mqtt"
+name = "mqtt"
+port = {port}
+protocol = "{protocol}"
+username = "meterd"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the processes listen."""
+
+    daemon: str
+    escrow: str
+    redis_port: int | None
+    mqtt_port: int | None
+
+
+class Stage:
+    """All child processes of one demo."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._children: list[Child] = []
+        self._session: aiohttp.ClientSession | None = None
+        self.daemon: Child
+        self.addresses: Addresses
+
+    async def __aenter__(self) -> Self:
+        for name in ("redis", "mqtt"):
+            (self._directory / name).mkdir()
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for child in reversed(self._children):
+            await child.stop()
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def dashboard(self) -> str:
+        """The address of the daemon's page."""
+        return f"{self.addresses.daemon}/"
+
+    async def build(self, console: Console, *, crash: bool) -> None:
+        """Start everything, and say what runs where. Raises `MeterdError`."""
+        escrow_port, port = free_port(8788), free_port(DASHBOARD_PORT)
+        escrow = f"http://127.0.0.1:{escrow_port}"
+        sandbox = Child(
+            "sandbox",
+            [
+                *(sys.executable, "-m", "meterd", "sandbox"),
+                *("--listen", f"127.0.0.1:{escrow_port}"),
+                *("--data-file", str(self._directory / "sandbox.db")),
+            ],
+            self._directory / "sandbox.log",
+        )
+        await self._add(sandbox, f"{escrow}/_totals")
+        console.print(f"Escrow service   {escrow}  (the sandbox; its money is made up)")
+        redis = await brokers.redis(self._directory / "redis")
+        if redis is not None:
+            self._children.append(redis.child)
+            console.print(f"Redis            port {redis.port}  ({redis.origin})")
+        mqtt = await brokers.mqtt(self._directory / "mqtt")
+        if mqtt is not None:
+            self._children.append(mqtt.child)
+            console.print(f"MQTT broker      port {mqtt.port}  ({mqtt.origin})")
+        if redis is None or mqtt is None:
+            missing = " and ".join(
+                name for name, broker in (("Redis", redis), ("MQTT", mqtt)) if broker is None
+            )
+            console.print(
+                f"No {missing} on this machine and none in the Python packages: "
+                "those customers' usage goes over HTTP instead."
+            )
+        if mqtt is not None and crash and not mqtt.keeps_unacked:
+            console.print(
+                "This MQTT broker forgets what a killed client has not acked; with --crash "
+                "those customers' usage goes over HTTP instead."
+            )
+            mqtt = None
+        config = CONFIG.format(
+            directory=self._directory, port=port, escrow=escrow, key=PROVIDER_KEY
+        )
+        if redis is not None:
+            config += REDIS.format(port=redis.port)
+        if mqtt is not None:
+            config += MQTT.format(port=mqtt.port, protocol=mqtt.protocol)
+        path = self._directory / "meterd.toml"
+        path.write_text(config)
+        self.addresses = Addresses(
+            daemon=f"http://127.0.0.1:{port}",
+            escrow=escrow,
+            redis_port=None if redis is None else redis.port,
+            mqtt_port=None if mqtt is None else mqtt.port,
+        )
+        self.daemon = Child(
+            "meterd",
+            [sys.executable, "-m", "meterd", "run", "-c", str(path)],
+            self._directory / "meterd.log",
+        )
+        await self._add(self.daemon, f"{self.addresses.daemon}/healthz")
+        console.print(f"[bold]Dashboard        {self.dashboard}[/bold]")
+
+    async def _add(self, child: Child, health: str) -> None:
+        self._children.append(child)
+        await child.start()
+        await child.ready(lambda: self.answers(health))
+
+    async def answers(self, url: str) -> bool:
+        """Whether an address answers with success."""
+        try:
+            await self.call("GET", url)
+        except MeterdError:
+            return False
+        return True
+
+    async def call(self, method: str, url: str, body: object = None, key: str = "") -> Any:
+        """One call; the decoded JSON answer, or None.
+
+        Raises `MeterdError` for whatever goes wrong.
+        """
+        assert self._session is not None
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            async with self._session.request(method, url, json=body, headers=headers) as answer:
+                if answer.status >= 400:
+                    text = (await answer.text())[:200]
+                    raise MeterdError(f"{method} {url} answered {answer.status}: {text}")
+                if answer.content_type != "application/json":
+                    return None
+                return await answer.json()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise MeterdError(f"{method} {url}: {error}") from None
+
+    async def restart_daemon(self) -> None:
+        """Start the daemon again after it was killed."""
+        await self.daemon.start()
+        await self.daemon.ready(lambda: self.answers(f"{self.addresses.daemon}/healthz"))
+
+    def last_words(self) -> str:
+        """The end of every log."""
+        return "\n".join(child.last_words() for child in self._children)

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from meterd.cli.main import main
+from meterd.cli.tables import SENTENCES
+
+
+def status(**flow: Any) -> dict[str, Any]:
+    """A status as the API gives it, of a daemon that is well."""
+    return {
+        "version": "0.1.0",
+        "now": "2026-11-23T12:00:10.000Z",
+        "started_at": "2026-11-23T12:00:00.000Z",
+        "flow": {
+            "word": "flowing",
+            "blocked": "",
+            "last_event_at": "2026-11-23T12:00:09.500Z",
+            "last_release_at": None,
+            "settlement_lag_s": 0,
+            **flow,
+        },
+        "totals": {
+            "accrued": "12.000000000001",
+            "released": "11.99",
+            "unsettled": "0.01",
+            "headroom": "88.00",
+            "in_doubt": "0.00",
+            "uncollectible": "0.00",
+            "reconciliation_difference": "0.00",
+        },
+        "events": {"accepted": 12345, "duplicates": 2, "rejected": 1, "pending": 0},
+        "agreements": {"total": 3, "by_state": {"active": 2, "closing": 1}},
+        "releases_in_doubt": 0,
+        "frozen": [],
+        "in_doubt": [],
+        "exhausted": [],
+        "sources": [
+            {
+                "name": "edge",
+                "kind": "redis",
+                "address": "redis://127.0.0.1:6379 meterd:usage",
+                "connected": False,
+                "since": "2026-11-23T12:00:00.000Z",
+                "error": "connection refused",
+                "warning": "",
+                "lag": None,
+                "unacked": 0,
+            }
+        ],
+        "store": {"writable": True, "bytes": 4096},
+        "dead_letters": 1,
+    }
+
+
+FROZEN = {
+    "agreement": "agr-1",
+    "escrow": "esc_1",
+    "reason": "foreign_release: 1.00 more was released",
+    "amount": "0.00",
+    "next": "meterd resume agr-1 --reason TEXT",
+}
+
+
+def test_status_tells_in_one_screen_whether_money_flows(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The word, the sums, the events, the sources: all of it fits a terminal."""
+    daemon.answer("GET", "/v1/status", status())
+    code = main(["status"])
+    shown = capsys.readouterr().out
+
+    assert code == 0
+    assert len(shown.splitlines()) <= 24
+    for part in ("Money is flowing.", "12.000000000001", "12,345 accepted", "2 active, 1 closing",
+                 "connection refused", "meterd dead-letters", "2026-11-23 12:00:09"):  # fmt: skip
+        assert part in shown
+
+
+@pytest.mark.parametrize("word", ["flowing", "idle", "waiting_for_sources", "blocked", "stopped"])
+def test_status_has_a_sentence_for_every_word(
+    daemon, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No word of the daemon's is shown bare, and none of these needs a person's act here."""
+    daemon.answer("GET", "/v1/status", status(word=word, blocked="the key is refused"))
+    code = main(["status"])
+
+    assert code == 0
+    assert SENTENCES[word][1].format(blocked="the key is refused") in capsys.readouterr().out
+
+
+def test_status_ends_with_3_when_something_is_frozen(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A frozen agreement is shown with the next command, and a script sees it by the exit code."""
+    daemon.answer("GET", "/v1/status", {**status(word="needs_a_person"), "frozen": [FROZEN]})
+    code = main(["status"])
+    shown = capsys.readouterr().out
+
+    assert code == 3
+    assert "meterd resume agr-1 --reason TEXT" in shown
+
+
+def test_status_as_json_is_the_daemons_own_document(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Programs get all of it, money as the strings that it is; the exit code is the same."""
+    document = {**status(), "frozen": [FROZEN]}
+    daemon.answer("GET", "/v1/status", document)
+    code = main(["status", "--json"])
+
+    assert (code, json.loads(capsys.readouterr().out)) == (3, document)
+
+
+AGREEMENT = {
+    "id": "agr-1",
+    "plan": "stream",
+    "payer": "Ada",
+    "origin": "api",
+    "state": "active",
+    "reason": "",
+    "next": None,
+    "opened_at": "2026-11-23T12:00:00.000Z",
+    "events": 3,
+    "accrued": "0.000000000003",
+    "released": "0.00",
+    "unsettled": "0.00",
+    "in_doubt": "0.00",
+    "headroom": "10.00",
+    "uncollectible": "0.00",
+    "unsettled_since": None,
+    "escrows": [{"id": "esc_1", "role": "main", "total": "10.00", "deadline": None}],
+}
+USAGE = {
+    "meter": "tokens",
+    "unit": "token",
+    "dimensions": {"model": "m"},
+    "quantity": "3",
+    "events": 3,
+    "accrued": "0.000000000003",
+}
+
+
+def test_agreements_are_listed_and_a_limit_says_that_there_are_more(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list that is cut off says how to see the rest."""
+    daemon.answer("GET", "/v1/agreements", {"items": [AGREEMENT], "next": "agr-1"})
+    code = main(["agreements", "--limit", "1"])
+    said = capsys.readouterr()
+
+    assert code == 0
+    assert "0.000000000003" in said.out
+    assert "meterd agreements --limit 10" in said.err
+
+
+def test_an_agreement_is_shown_with_its_escrow_and_usage(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One agreement fits together: what was used, at what price, out of which escrow."""
+    daemon.answer("GET", "/v1/agreements/agr-1", AGREEMENT)
+    daemon.answer("GET", "/v1/agreements/agr-1/usage", {"items": [USAGE], "next": None})
+    code = main(["agreements", "agr-1"])
+    shown = capsys.readouterr().out
+
+    assert code == 0
+    assert all(part in shown for part in ("Ada", "esc_1", "model = m", "0.000000000003"))
+
+
+def test_releases_show_the_last_word_of_their_history(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What happened last is what a person wants to know of a release."""
+    release = {
+        "id": "rel_1",
+        "agreement": "agr-1",
+        "escrow": "esc_1",
+        "amount": "0.50",
+        "status": "in_doubt",
+        "why": "amount",
+        "created_at": "2026-11-23T12:00:00.000Z",
+        "history": [{"detail": "intended"}, {"detail": "no answer within 30 s"}],
+    }
+    daemon.answer("GET", "/v1/releases", {"items": [release], "next": None})
+    code = main(["releases", "agr-1", "--status", "in_doubt"])
+
+    assert code == 0
+    assert "no answer within 30 s" in capsys.readouterr().out
+    assert daemon.asked[0].target == "/v1/releases?limit=50&agreement=agr-1&status=in_doubt"
+
+
+@pytest.mark.parametrize("command", ["agreements", "releases", "dead-letters"])
+def test_an_empty_list_says_so(daemon, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is shown as nothing, in a sentence; for programs as an empty list."""
+    daemon.answer("GET", f"/v1/{command}", {"items": [], "next": None})
+    codes = (main([command]), main([command, "--json"]))
+    said = capsys.readouterr()
+
+    assert codes == (0, 0)
+    assert "no" in said.err
+    assert json.loads(said.out) == {"items": [], "next": None}
