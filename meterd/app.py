@@ -314,6 +314,7 @@ async def _open_books(
         dead_letter_next=state.dead_letter_next,
     )
     await bookkeeper.start()
+    await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.
     await _bind(bookkeeper, settings)
     return bookkeeper
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meterd.bookkeeper import Bookkeeper
+from meterd.core.ledger import Account
 from meterd.core.settlement import (
     UNKNOWN_OUTCOME,
     Answer,
@@ -42,6 +43,8 @@ log = get_logger(__name__)
 
 # A rotated key is put right by a person; the log need not say more often that it is wrong.
 KEY_REFUSED_WAIT_S = 30.0
+# Something is due and a guard stands against it: near a deadline, say. To look again costs a reading.
+BLOCKED_WAIT_S = 1.0
 
 
 class Unread(Protocol):
@@ -168,44 +171,36 @@ class Settler:
             self._waiting.discard(escrow)
             self._busy.add(escrow)
             try:
-                await self.visit(escrow)
+                paid = await self.visit(escrow)
             finally:
                 self._busy.discard(escrow)
                 if not self._waiting and not self._busy:
                     self._idle.set()
-            self._plan(escrow)
+            self._plan(escrow, paid=paid)
 
     # -- A visit ------------------------------------------------------------------------------
 
-    async def visit(self, escrow: str) -> None:
-        """Read one escrow and do what its state table asks for."""
+    async def visit(self, escrow: str) -> bool:
+        """Read one escrow and do what its state table asks for; whether a call was made."""
         bookkeeper, clock = self._bookkeeper, self._clock
         account = bookkeeper.ledger.accounts[bookkeeper.ledger.escrows[escrow].agreement]
-        state = bookkeeper.ledger.escrows[escrow]
-        if state.status is EscrowStatus.CLOSED or clock.mono() < self._paced_until(state):
-            return
-        idle = state.status is EscrowStatus.ACTIVE and state.release is None
-        if idle and bookkeeper.due(account) and self.blocked():
-            return
+        if not self._worth_reading(bookkeeper.ledger.escrows[escrow], account):
+            return False
         # 1. Read.
-        reading = await self._service.read(escrow)
-        if not isinstance(reading, Reading):
-            if reading.kind == "key_refused":
-                self._refuse_key(reading.detail)
-            await bookkeeper.step(escrow, Unreadable(reading.detail, clock.mono()))
-            return
-        await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), account.owed))
-        # 2. A doubt that the service itself can resolve.
-        state = bookkeeper.ledger.escrows[escrow]
-        if state.release is not None:
-            if bookkeeper.rules.honoured and state.release.status in UNKNOWN_OUTCOME:
-                effects = await bookkeeper.step(escrow, Repeat(clock.mono(), clock.wall()))
-                await self._carry_out(escrow, effects)
-            return
-        # 3. Intend.
+        if not await self._read(escrow, account):
+            return False
+        # 2. A release that is open: the reading has resolved it, or only a repetition can.
+        release = bookkeeper.ledger.escrows[escrow].release
+        if release is not None:
+            if not bookkeeper.rules.honoured or release.status not in UNKNOWN_OUTCOME:
+                return False
+            return await self._carry_out(
+                escrow, await bookkeeper.step(escrow, Repeat(clock.mono(), clock.wall()))
+            )
+        # 3. Intend, and pay.
         why = bookkeeper.due(account)
         if not why or self.blocked():
-            return
+            return False
         event = Due(
             owed=account.owed,
             why=why,
@@ -214,23 +209,43 @@ class Settler:
             mono=clock.mono(),
             wall=clock.wall(),
         )
-        effects = await bookkeeper.step(escrow, event)
-        # 4. Pay.
-        await self._carry_out(escrow, effects)
+        return await self._carry_out(escrow, await bookkeeper.step(escrow, event))
 
-    async def _carry_out(self, escrow: str, effects: Sequence[Effect]) -> None:
+    def _worth_reading(self, state: Escrow, account: Account) -> bool:
+        """Whether a reading now could lead to anything."""
+        if state.status is EscrowStatus.CLOSED or self._clock.mono() < self._paced_until(state):
+            return False
+        idle = state.status is EscrowStatus.ACTIVE and state.release is None
+        return not (idle and self._bookkeeper.due(account) and self.blocked())
+
+    async def _read(self, escrow: str, account: Account) -> bool:
+        """Bring in a fresh reading; whether there was one."""
+        bookkeeper, clock = self._bookkeeper, self._clock
+        reading = await self._service.read(escrow)
+        if not isinstance(reading, Reading):
+            if reading.kind == "key_refused":
+                self._refuse_key(reading.detail)
+            await bookkeeper.step(escrow, Unreadable(reading.detail, clock.mono()))
+            return False
+        await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), account.owed))
+        return True
+
+    async def _carry_out(self, escrow: str, effects: Sequence[Effect]) -> bool:
+        """Carry out what the table asked for; whether a call was made."""
         bookkeeper, clock = self._bookkeeper, self._clock
         if Confirm() in effects:
             effects = await bookkeeper.step(escrow, Go(clock.mono(), clock.wall()))
-        for effect in effects:
-            if isinstance(effect, Send):
-                answer = await self._service.release_partial(effect.release)
-                if answer.kind is AnswerKind.KEY_REFUSED:
-                    self._refuse_key(answer.detail)
-                await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
-                open_release = bookkeeper.ledger.escrows[escrow].release
-                if open_release is not None and open_release.status in UNKNOWN_OUTCOME:
-                    self._doubts.append(clock.mono())
+        send = next((effect for effect in effects if isinstance(effect, Send)), None)
+        if send is None:
+            return False
+        answer = await self._service.release_partial(send.release)
+        if answer.kind is AnswerKind.KEY_REFUSED:
+            self._refuse_key(answer.detail)
+        await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
+        release = bookkeeper.ledger.escrows[escrow].release
+        if release is not None and release.status in UNKNOWN_OUTCOME:
+            self._doubts.append(clock.mono())
+        return True
 
     def blocked(self) -> str:
         """Say why nothing is intended on any escrow now; "" when nothing stands against it."""
@@ -259,7 +274,7 @@ class Settler:
 
     # -- When to come again -------------------------------------------------------------------
 
-    def _plan(self, escrow: str) -> None:
+    def _plan(self, escrow: str, *, paid: bool) -> None:
         """Set the timer for this escrow's next visit."""
         if escrow in self._again:
             self._again.discard(escrow)
@@ -267,7 +282,7 @@ class Settler:
             if self._clock.mono() >= self._paced_until(state):
                 self._enqueue(escrow)
                 return
-        delay = self._delay(self._bookkeeper.ledger.escrows[escrow])
+        delay = self._delay(self._bookkeeper.ledger.escrows[escrow], paid=paid)
         if delay is None:
             return
         at = self._clock.mono() + delay
@@ -279,8 +294,8 @@ class Settler:
             if self._timers[0][1] == escrow:
                 self._bookkeeper.due_changed.set()  # The loop sleeps until another moment.
 
-    def _delay(self, state: Escrow) -> float | None:
-        """Seconds until the next visit; None: never."""
+    def _delay(self, state: Escrow, *, paid: bool) -> float | None:
+        """Seconds until the next visit; None: never. `paid`: the last one made a call."""
         now = self._clock.mono()
         rules, pace = self._bookkeeper.rules, self._pace
         paced = max(0.0, state.next_mono - now)
@@ -293,7 +308,7 @@ class Settler:
             return max(paced, rules.observe_gap)
         account = self._bookkeeper.ledger.accounts[state.agreement]
         if self._bookkeeper.due(account):
-            return max(paced, 0.05 if not self.blocked() else 1.0)
+            return paced or (0.0 if paid else BLOCKED_WAIT_S)
         self._bookkeeper.look_again(state.id)
         return pace.reconcile_interval
 
