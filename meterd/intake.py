@@ -169,7 +169,7 @@ class Intake:
         state = self.states[source.name]
         if state.connected or not state.since:
             state.since = self._bookkeeper.clock.wall()
-        if state.error != reason and not state.connected:
+        if state.error != reason and not state.connected and not self._stopping.is_set():
             log.warning(
                 f"Waiting for {source.address}: {reason}",
                 action="source_waiting",

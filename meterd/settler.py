@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 # A rotated key is put right by a person; the log need not say more often that it is wrong.
 KEY_REFUSED_WAIT_S = 30.0
-# Something is due and a guard stands against it: near a deadline, say. To look again costs a reading.
+# Something is due and a guard stands against it: near a deadline, say. A look costs a reading.
 BLOCKED_WAIT_S = 1.0
 
 
