@@ -1,0 +1,228 @@
+"""Documents that quote the program are held against it: keys, defaults, commands, metrics."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from prometheus_client import CollectorRegistry
+
+from meterd import config
+from meterd.api.overview import Figures
+from meterd.cli.main import tree
+from meterd.config.environment import RESERVED, _names
+from meterd.config.settings import Settings, Table
+from meterd.config.shape import keys_of, shape_of
+from meterd.core.plans import Pattern
+from meterd.intake import SourceState
+from meterd.metrics import Metrics, Reads
+from tests.documents import DOCUMENTS, ROOT, Block, blocks, code_words, prose
+
+ALL = (*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
+each_document = pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
+
+# Names with a dot that end so are files and no keys.
+FILES = {"db", "lock", "py", "reserve", "toml"}
+
+
+# -- Keys and defaults -----------------------------------------------------------------------------
+
+
+def models_at(key: str) -> list[type[Table]]:
+    """The tables that a key with dots may stand for, NAME meaning any name; [] where it is none."""
+    models: list[type[Table]] = [Settings]
+    named = False  # The next part is a name that the user gave.
+    for part in key.split("."):
+        if named:
+            named = False
+            continue
+        fields = [keys_of(model)[part] for model in models if part in keys_of(model)]
+        if not fields:
+            raise LookupError(key)
+        shapes = [shape_of(field) for field in fields]
+        named = any(shape.container is dict and shape.tables for shape in shapes)
+        models = [model for shape in shapes for model in shape.tables.values()]
+    return models
+
+
+def keys_in(document: Path) -> list[str]:
+    """The keys with dots that a document names."""
+    dotted = [word for word in code_words(document) if re.fullmatch(r"[a-z]\w*(\.\w+)+", word)]
+    return [word for word in dotted if word.rpartition(".")[2] not in FILES]
+
+
+@each_document
+def test_every_key_that_a_document_names_exists(document: Path) -> None:
+    """So does every variable of the environment."""
+    wrong = []
+    for key in keys_in(document):
+        try:
+            models_at(key)
+        except LookupError:
+            wrong.append(key)
+    known = {*RESERVED, *_names()}
+    texts = "\n".join([prose(document), *(block.text for block in blocks(document))])
+    unknown = set(re.findall(r"METERD_[A-Z_]+", texts)) - known
+
+    assert wrong == []
+    assert unknown == set()
+
+
+def test_the_readme_names_keys_at_all() -> None:
+    """A search that finds nothing would prove nothing."""
+    assert len(keys_in(DOCUMENTS[0])) > 15
+
+
+def _table_of_keys() -> Iterator[tuple[list[str], str, list[str]]]:
+    """The README's rows of configuration: the keys, the default, the code words of the rest."""
+    for line in prose(DOCUMENTS[0]).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == 3:
+            keys, default, text = (re.findall(r"`([^`]*)`", cell) for cell in cells)
+            yield keys, default[0] if default else "", text
+
+
+def _has_default(key: str, default: str) -> bool:
+    """Whether the example file, which other tests hold against the program, says so."""
+    leaf, value = key.rpartition(".")[2], re.escape(default.strip('"'))
+    return bool(re.search(rf'^(?:# )?{leaf} = "?{value}"?$', config.example(), re.MULTILINE))
+
+
+def test_the_readme_quotes_defaults_as_they_are() -> None:
+    """Those of its table."""
+    quoted = [(keys[0], default) for keys, default, _ in _table_of_keys() if default]
+    wrong = [pair for pair in quoted if not _has_default(*pair)]
+
+    assert len(quoted) >= 5
+    assert wrong == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_default_that_stands_behind_its_key_is_right(document: Path) -> None:
+    """`escrow.release_max` (10.00), and durations as people write them."""
+    quoted = re.findall(r"`(\w+(?:\.\w+)+)` \(([0-9][^)]*)\)", prose(document))
+    plain = [(key, re.sub(r"(\d+) (\w)\w*", r"\1\2", value)) for key, value in quoted]
+    wrong = [pair for pair in plain if not _has_default(*pair)]
+
+    assert quoted
+    assert wrong == []
+
+
+@pytest.mark.parametrize("table", ["plans.NAME.rates", "plans.NAME.settle"])
+def test_the_readme_names_keys_of_prices_and_thresholds_that_exist(table: str) -> None:
+    """The words beside a table's name are its keys."""
+    (words,) = [words for keys, _, words in _table_of_keys() if keys == [table]]
+    known = {key for model in models_at(table) for key in keys_of(model)}
+
+    assert words
+    assert set(words) <= known
+
+
+def test_the_readme_names_the_patterns_that_work() -> None:
+    """Exactly those that the configuration takes."""
+    said = prose(DOCUMENTS[0]).partition("## What works today")[2].partition("##")[0]
+    before, _, after = said.partition("are not in this version")
+    named = {pattern.value for pattern in Pattern if f"`{pattern.value}`" in before}
+
+    assert named == set(Pattern)
+    assert after
+
+
+# -- Commands --------------------------------------------------------------------------------------
+
+
+def _lines(block: Block) -> Iterator[str]:
+    """The command lines of a shell block that call meterd."""
+    for line in block.text.splitlines():
+        if line.startswith("meterd "):
+            yield re.split(r" [>|] ", line)[0]
+
+
+def commands_in(document: Path) -> list[str]:
+    """Everything that a document calls meterd with."""
+    typed = [line for block in blocks(document) if block.language == "sh" for line in _lines(block)]
+    return typed + [word for word in code_words(document) if word.startswith("meterd ")]
+
+
+def _mistake(command: str) -> str:
+    """What is wrong with one command line; "" for nothing."""
+    found = typer.main.get_command(tree())
+    words = shlex.split(command)[1:]
+    while words and words[0] in getattr(found, "commands", {}):
+        found = found.commands[words.pop(0)]
+    if hasattr(found, "commands") and not found.invoke_without_command:
+        return f"{command}: there is no such command"
+    known = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
+    unknown = [word for word in words if re.match(r"--?[a-z]", word) and word not in known]
+    return f"{command}: {', '.join(unknown)}" if unknown else ""
+
+
+@each_document
+def test_every_command_that_a_document_names_exists(document: Path) -> None:
+    """With the options that it gives."""
+    mistakes = [mistake for command in commands_in(document) if (mistake := _mistake(command))]
+
+    assert mistakes == []
+
+
+def test_the_readme_names_commands_at_all() -> None:
+    """A search that finds nothing would prove nothing, and a made-up command is found."""
+    assert len(commands_in(DOCUMENTS[0])) > 20
+    assert _mistake("meterd frobnicate") != ""
+    assert _mistake("meterd status --frobnicate") != ""
+
+
+@each_document
+def test_every_make_target_that_a_document_names_exists(document: Path) -> None:
+    """In the list that `make help` prints."""
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = [line for block in blocks(document) for line in block.text.splitlines()]
+    named = {
+        found[1]
+        for text in (*code_words(document), *lines)
+        if (found := re.match(r"\s*make ([a-z]+)", text))
+    }
+
+    assert named <= targets
+
+
+# -- Metrics, output, links ------------------------------------------------------------------------
+
+
+@each_document
+def test_every_metric_that_a_document_names_exists(document: Path) -> None:
+    """By the name that a scraper sees."""
+    metrics = Metrics(CollectorRegistry(), meters=["tokens"], sources=["redis"])
+    source = SourceState("redis", "redis", "")
+    metrics.watch(Reads(Figures, lambda: [source], lambda: 0, lambda: 0))
+    seen = set(re.findall(r"^(\w+)", metrics.exposition("")[0].decode(), re.MULTILINE))
+    named = {word for word in code_words(document) if re.fullmatch(r"meterd_\w+", word)}
+
+    assert named <= seen
+
+
+def test_the_readme_shows_what_the_demo_prints() -> None:
+    """The headings and the last line are those of the program."""
+    (shown,) = [block.text for block in blocks(DOCUMENTS[0]) if "Difference 0" in block.text]
+    program = (ROOT / "meterd" / "demo" / "story.py").read_text()
+    quoted = [
+        "used (the service)",
+        "accrued (meterd)",
+        "released (the escrow)",
+        "Difference 0: paid is exactly what was used.",
+    ]
+
+    assert [text for text in quoted if text not in shown or text not in program] == []
+
+
+@each_document
+def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+    """Links inside the repository."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", prose(document))
+    broken = [link for link in links if not (document.parent / link).exists()]
+
+    assert broken == []
