@@ -15,7 +15,8 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from aiohttp import web
@@ -27,12 +28,13 @@ from meterd.config.settings import MqttSourceSettings, RedisSourceSettings, Sett
 from meterd.core.events import EventDecoder
 from meterd.core.ledger import Agreement, Conflict, Ledger
 from meterd.core.meters import Aggregation, Meter
-from meterd.core.money import format_amount, format_exact
+from meterd.core.money import MICROS, format_amount, format_exact
 from meterd.core.plans import Pattern, Plan, Settle
 from meterd.core.pricing import Rate, RateCard
 from meterd.core.settlement import Rules
 from meterd.errors import (
     ConfigurationError,
+    InvariantBroken,
     MeterdError,
     Mistake,
     Refused,
@@ -53,6 +55,9 @@ TIDY_INTERVAL_S = 60.0
 LAG_INTERVAL_S = 2.0
 # Containers made and not freed before the collector looks: those of a few large batches.
 GARBAGE_YOUNG_MAX = 100_000
+# The store's thread wants the interpreter back after each statement. At the usual 5 ms it waits
+# longer for it, behind a busy event loop, than a whole commit takes.
+SWITCH_INTERVAL_S = 0.0005
 REQUESTS_TIMEOUT_S = 5.0  # For requests under way when meterd stops.
 
 
@@ -222,12 +227,19 @@ def run(config_path: Path | None) -> int:
     _say(settings, notes)
     try:
         return asyncio.run(_serve(settings, config_path))
-    except BaseExceptionGroup as group:
+    except MeterdError:
+        raise
+    except Exception as group:  # Past here Python itself would write it, unmasked.
         error = _first(group)
         if isinstance(error, MeterdError):
             log.critical(str(error), action="stopped_by_failure")
             return error.exit_code
-        raise
+        log.critical(
+            "meterd stops by a mistake of its own; start it again, and report what stands here.",
+            action="stopped_by_mistake",
+            exc_info=error,
+        )
+        return InvariantBroken.exit_code
 
 
 def _say(settings: Settings, notes: Sequence[Mistake]) -> None:
@@ -248,6 +260,7 @@ def _first(group: BaseException) -> BaseException:
 
 async def _serve(settings: Settings, config_path: Path | None) -> int:
     """Open the state, run the parts on it, and close it whatever happens."""
+    _suit_batches()
     clock = SystemClock()
     started = clock.mono()
     registry = CollectorRegistry()
@@ -264,7 +277,8 @@ async def _serve(settings: Settings, config_path: Path | None) -> int:
         )
         async with escrow:
             daemon = Daemon(settings, config_path, bookkeeper, escrow, sources, metrics, store)
-            _calm_collector()
+            gc.collect()
+            gc.freeze()  # What lives as long as the process need not be looked at again.
             log.info(
                 f"meterd {__version__} is up.",
                 action="started",
@@ -280,15 +294,14 @@ async def _serve(settings: Settings, config_path: Path | None) -> int:
     return 0
 
 
-def _calm_collector() -> None:
-    """Let the garbage collector look less often: what a batch makes is freed by counting alone.
+def _suit_batches() -> None:
+    """Set the interpreter up for work in batches of thousands, and for a ledger of any size.
 
-    A batch of thousands of entries is thousands of young lists; at the usual threshold of 700 the
-    collector walks through them dozens of times before the batch is done, and finds nothing.
+    Entries of a batch are young lists that are freed by counting alone; at the usual threshold of
+    700 the garbage collector walks through them dozens of times a batch, and finds nothing.
     """
-    gc.collect()
-    gc.freeze()  # What lives as long as the process need not be looked at again.
     gc.set_threshold(GARBAGE_YOUNG_MAX, 10, 10)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 async def _open_books(
@@ -296,6 +309,14 @@ async def _open_books(
 ) -> Bookkeeper:
     """Rebuild the ledger from the store, step over the restart, bind what is configured."""
     state = store.load()
+    in_use = {row.plan: row.id for row in state.agreements}
+    gone = [
+        Mistake(f"plans.{plan}", f"is missing, and agreement {agreement} is under it; put it back")
+        for plan, agreement in sorted(in_use.items())
+        if plan not in settings.plans
+    ]
+    if gone:
+        raise ConfigurationError(gone)
     try:
         ledger = Ledger.restore(plans_of(settings), meters_of(settings), state)
     except Conflict as conflict:
@@ -313,21 +334,31 @@ async def _open_books(
         dead_letters=state.dead_letters,
         dead_letter_next=state.dead_letter_next,
     )
+    _check_agreements(ledger, ledger.plans, settings)
     await bookkeeper.start()
     await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.
     await _bind(bookkeeper, settings)
     return bookkeeper
 
 
-async def _bind(bookkeeper: Bookkeeper, settings: Settings) -> None:
-    mistakes = []
-    for index, agreement in enumerate(agreements_of(settings)):
-        try:
-            await bookkeeper.bind(agreement, "config")
-        except Refused as error:
-            mistakes.append(Mistake(f"agreements[{index}]", str(error)))
+def _check_agreements(ledger: Ledger, plans: Mapping[str, Plan], settings: Settings) -> None:
+    """Hold every agreement of the configuration against what is bound, before anything changes.
+
+    Raises `ConfigurationError`.
+    """
+    objections = (ledger.objection(agreement, plans) for agreement in agreements_of(settings))
+    mistakes = [
+        Mistake(f"agreements[{index}]", objection)
+        for index, objection in enumerate(objections)
+        if objection
+    ]
     if mistakes:
         raise ConfigurationError(mistakes)
+
+
+async def _bind(bookkeeper: Bookkeeper, settings: Settings) -> None:
+    for agreement in agreements_of(settings):
+        await bookkeeper.bind(agreement, "config")
 
 
 class Daemon:
@@ -354,6 +385,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
         self._reloads: set[asyncio.Task[None]] = set()
+        self._one_reload = asyncio.Lock()  # Two at once could end with half of the older file.
 
     async def run(self) -> None:
         """Serve until a signal, then drain. Raises what ends the process before."""
@@ -387,6 +419,7 @@ class Daemon:
         complete = drained.done()
         drained.cancel()
         totals = self._bookkeeper.ledger.totals()
+        paid = totals.settled + totals.credited + totals.held
         log.info(
             "Drained."
             if complete
@@ -394,6 +427,7 @@ class Daemon:
             action="drained" if complete else "drain_cut_off",
             accrued_usdc=format_exact(totals.accrued),
             released_usdc=format_amount(totals.settled),
+            unsettled_usdc=format_exact(totals.accrued - Fraction(paid, MICROS)),
             in_doubt_usdc=format_amount(totals.held),
             dead_letters=self._bookkeeper.dead_letters,
         )
@@ -423,15 +457,23 @@ class Daemon:
             await asyncio.sleep(TIDY_INTERVAL_S)
             await self._bookkeeper.tidy()
 
-    # -- Reload -------------------------------------------------------------------------------
-    # ------------
+    # -- Reload --------------------------------------------------------------------------------
+
+    async def _reload_when_asked(self) -> None:
+        try:
+            async with self._one_reload:
+                await self._reload()
+        except Exception as error:  # noqa: BLE001  # Nobody waits for this task: `_failure` raises it.
+            self._end(error)
 
     async def _reload(self) -> None:
         """Take plans, meters, agreements and the log level anew. A bad file changes nothing."""
         try:
             notes: list[Mistake] = []
             fresh = config.load(self._config_path, os.environ, warn=notes.append)
-            await self._bookkeeper.reload(plans_of(fresh), meters_of(fresh))
+            plans = plans_of(fresh)
+            _check_agreements(self._bookkeeper.ledger, plans, fresh)
+            await self._bookkeeper.reload(plans, meters_of(fresh))
             await _bind(self._bookkeeper, fresh)
         except (ConfigurationError, Refused) as error:
             self._metrics.reloaded(success=False)
@@ -501,7 +543,7 @@ class Daemon:
             self._stop.set()
 
         def reload() -> None:
-            task = loop.create_task(self._reload(), name="reload")
+            task = loop.create_task(self._reload_when_asked(), name="reload")
             self._reloads.add(task)
             task.add_done_callback(self._reloads.discard)
 

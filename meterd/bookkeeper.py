@@ -14,6 +14,7 @@ import contextlib
 import heapq
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from meterd.core.changes import (
@@ -23,7 +24,7 @@ from meterd.core.changes import (
     JournalEntry,
     MarkBlock,
 )
-from meterd.core.events import Decoded, EventDecoder, Reason, Rejection, UsageEvent
+from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
 from meterd.core.ledger import HOUR_MS, Account, Agreement, Conflict, Entry, Ledger, contents
 from meterd.core.meters import Meter
 from meterd.core.plans import Plan
@@ -93,6 +94,9 @@ class Store(Protocol):
 
     async def dead_letter(self, number: int) -> DeadLetter | None:
         """Find one dead letter."""
+
+    async def backup(self, path: Path) -> None:
+        """Copy everything into a new file, as of one moment. Raises `Refused`."""
 
 
 class Identities(Protocol):
@@ -172,12 +176,10 @@ class Bookkeeper:
         self.pending = 0  # Deliveries that are applied and not yet durable.
         self.due_changed = asyncio.Event()
         self._due: dict[str, None] = {}  # Escrows that want a visit, oldest first.
-        self._asked: set[str] = (
-            set()
-        )  # Escrows that a person wants settled, whatever the thresholds say.
-        self._looks: list[
-            tuple[int, str]
-        ] = []  # (wall ms, escrow): when time alone may make something due.
+        # Escrows that a person wants settled, whatever the thresholds say, and what was owed then.
+        self._asked: dict[str, int] = {}
+        # (wall ms, escrow): when time alone may make something due.
+        self._looks: list[tuple[int, str]] = []
         self._look_at: dict[str, int] = {}
         self._identities = identities
         self._facts = facts
@@ -281,7 +283,8 @@ class Bookkeeper:
                     event_id=rejection.id,
                     reason=rejection.reason.value,
                     detail=rejection.detail,
-                    payload=bytes(deliveries.payloads[index]),
+                    # A broker may hand over megabytes: what is too large is kept in part.
+                    payload=bytes(deliveries.payloads[index][:EVENT_BYTES_MAX]),
                     transport_id=deliveries.ids[index] if deliveries.ids is not None else "",
                     fields=tuple(fields.items()),
                     received_at=now if replaces is None else replaces.received_at,
@@ -386,9 +389,17 @@ class Bookkeeper:
         """Release what is unsettled now, whatever the thresholds say."""
         entry = self._journal(actor, "settlement_asked", account.agreement.id, reason)
         await self._durable(Change(journal=(entry,)))
-        if self.ledger.escrows[account.escrow].payable(account.owed) > 0:
-            self._asked.add(account.escrow)
+        self._asked[account.escrow] = account.owed
         self.visit(account.escrow)
+
+    async def backup(self, path: Path, actor: str) -> None:
+        """Copy the store into a new file. Raises `Refused`.
+
+        Journal first: a copy that is restored one day says in its last entry what it is.
+        """
+        entry = self._journal(actor, "backup_asked", str(path), "")
+        await self._durable(Change(journal=(entry,)))
+        await self.store.backup(path)
 
     async def freeze(self, account: Account, actor: str, reason: str) -> None:
         """Make no more releases on an agreement's escrow. Raises `Refused`."""
@@ -396,8 +407,13 @@ class Bookkeeper:
 
     async def resume(self, account: Account, actor: str, reason: str) -> None:
         """Go on from what the service shows now. Raises `Refused`."""
-        await self._act(account, Resume(reason), actor, "escrow_resumed", reason)
-        self.visit(account.escrow)
+        try:
+            await self._act(
+                account, Resume(reason, self.clock.wall()), actor, "escrow_resumed", reason
+            )
+        finally:
+            # Where a reading is missing or too old to resume on, the next try shall find a new one.
+            self.visit(account.escrow)
 
     async def resolve(self, account: Account, actor: str, reason: str, *, landed: bool) -> None:
         """Say what became of the release in doubt. Raises `Refused`."""
@@ -454,9 +470,10 @@ class Bookkeeper:
         )
         if change != Change():
             await self._durable(change)
-        if change.releases:
-            self._asked.discard(escrow)
         self._tell(escrow, effects)
+        asked = self._asked.get(escrow)
+        if asked is not None and after.total and not after.held and not after.payable(asked):
+            del self._asked[escrow]  # All that was owed when it was asked for is paid.
         return [effect for effect in effects if not isinstance(effect, Record | Alarm)]
 
     def _put(self, account: Account, event: Input) -> tuple[Escrow, Effects]:
@@ -465,11 +482,17 @@ class Bookkeeper:
         return after, effects
 
     def _interval(self, account: Account, effects: Effects) -> tuple[AgreementRow, ...]:
-        landed = any(
-            isinstance(effect, Record) and effect.release.status is ReleaseStatus.CONFIRMED
+        landed = [
+            effect.release.amount
             for effect in effects
-        )
-        row = self.ledger.settled_from(account, self.clock.wall()) if landed else None
+            if isinstance(effect, Record) and effect.release.status is ReleaseStatus.CONFIRMED
+        ]
+        # A piece of `release_max` leaves usage behind that is as old as before: its interval runs
+        # on, so that the next piece is due at once and not an interval later.
+        left = self.ledger.escrows[account.escrow].payable(account.owed) > 0
+        if not landed or (left and landed[0] >= self.rules.release_max):
+            return ()
+        row = self.ledger.settled_from(account, self.clock.wall())
         return () if row is None else (row,)
 
     def _tell(self, escrow: str, effects: Effects) -> None:
@@ -502,7 +525,9 @@ class Bookkeeper:
         escrow = self.ledger.escrows[account.escrow]
         settle = account.plan.settle
         why = due(settle, escrow, account.standing, self.clock.wall(), self.margin)
-        return why or ("asked" if escrow.id in self._asked and escrow.payable(account.owed) else "")
+        if not why and escrow.payable(self._asked.get(escrow.id, 0)) >= self.rules.quantum:
+            why = "asked"
+        return why
 
     @property
     def margin(self) -> int:
@@ -543,6 +568,8 @@ class Bookkeeper:
         if at is not None and self._look_at.get(escrow.id) != at:
             self._look_at[escrow.id] = at
             heapq.heappush(self._looks, (at, escrow.id))
+            if self._looks[0][0] == at:
+                self.due_changed.set()  # The settler sleeps until another moment.
 
     def look_again(self, escrow: str) -> None:
         """The settler is done with a visit: note when this escrow wants the next one."""
@@ -577,19 +604,13 @@ def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded
     if isinstance(event, Rejection) or deliveries.fields is None:
         return event
     for name, value in deliveries.fields[index].items():
-        said = _said(event, name)
+        said = str(getattr(event, name))
         if said and said != value:
             detail = f"the address says {name} = {value[:80]}, the payload another"
             return Rejection(index, event.id[:200], Reason.MISMATCH, detail)
         if not said:
             setattr(event, name, value)
     return event
-
-
-def _said(event: UsageEvent, name: str) -> str:
-    if name == "escrow_id" and not event.escrow_id:
-        return event.agreement
-    return str(getattr(event, name))
 
 
 def _by_meter(entry: Entry) -> dict[str, int]:

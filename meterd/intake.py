@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 OVERLAP = 2  # Batches under way between reading and ack: one being decided, one being committed.
 BACKOFF_MAX_S = 15.0
+STEADY_S = 10.0  # A connection that held for so long was a good one: the next try comes at once.
+LOOK_AT_DISK_S = 0.5  # A commit that takes longer may be waiting for room on the disk.
 
 
 @dataclass(slots=True)
@@ -62,6 +64,8 @@ class Intake:
         """Record deliveries whose answer is their ack: they are durable when this returns.
 
         Raises `Unavailable` when meterd is stopping, its disk is full, or too much waits already.
+        A disk that is found full by these very deliveries may still take them later: sent again
+        they are duplicates then.
         """
         if self._stopping.is_set():
             raise Unavailable("meterd is stopping; send this again to the next one")
@@ -70,7 +74,12 @@ class Intake:
         if self._bookkeeper.pending > self._pending_max:
             raise Unavailable("too many events wait for their commit; send this again later")
         recorded = self._bookkeeper.record(source, deliveries)
-        await asyncio.shield(recorded.durable)
+        while not recorded.durable.done():
+            # Unlike an await of it, this leaves the commit alone when the caller is cancelled.
+            await asyncio.wait((recorded.durable,), timeout=LOOK_AT_DISK_S)
+            if not recorded.durable.done() and not self._bookkeeper.store.writable:
+                raise Unavailable("the disk is full; send this again later")
+        recorded.durable.result()
         return recorded
 
     def stop(self) -> None:
@@ -79,12 +88,19 @@ class Intake:
 
     async def run(self, source: Source) -> None:
         """Keep one source going until `stop`. Raises only what must end the process."""
+        clock, breaks = self._bookkeeper.clock, 0
         while not self._stopping.is_set():
+            await self._until_stop(self._connect(source))
+            if self._stopping.is_set():
+                break
+            connected_at = clock.mono()
             with contextlib.suppress(SourceUnavailable):
-                await self._until_stop(self._connect(source))
-                if self._stopping.is_set():
-                    break
                 await self._flow(source)
+            # Some brokers let us in and break off at once (a right that is missing, a second client
+            # with our id): without a pause both sides would do nothing else.
+            breaks = 0 if clock.mono() - connected_at > STEADY_S else min(breaks + 1, 10)
+            pause = min(BACKOFF_MAX_S, 0.05 * 2**breaks) if breaks > 1 else 0.0
+            await self._until_stop(asyncio.sleep(pause))
         await source.close()
         self._down(source, "stopped")
 

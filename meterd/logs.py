@@ -31,6 +31,9 @@ INTEGER_BITS_MAX = 256  # Python refuses to write out very long ones, and the li
 
 # Libraries whose everyday remarks would drown ours; at "debug" they may speak.
 _TALKATIVE = ("aiohttp.access", "asyncio")
+# What this one calls an error is a request that is not HTTP: whoever reaches the port could fill
+# the disk with its tracebacks. What goes wrong in a handler of ours, the API logs itself.
+_ALARMIST = "aiohttp.server"
 
 EventDict = MutableMapping[str, Any]
 # The chain itself makes these; they hold nothing that was given.
@@ -219,6 +222,7 @@ def configure(
     root.addHandler(handler)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.NOTSET if level == "debug" else logging.WARNING)
+    logging.getLogger(_ALARMIST).setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
     _configure_structlog()
 
 

@@ -13,7 +13,7 @@ import heapq
 import math
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +42,7 @@ from meterd.logs import get_logger
 log = get_logger(__name__)
 
 # A rotated key is put right by a person; the log need not say more often that it is wrong.
-KEY_REFUSED_WAIT_S = 30.0
+KEY_REFUSED_WAIT_S = 10.0
 # Something is due and a guard stands against it: near a deadline, say. A look costs a reading.
 BLOCKED_WAIT_S = 1.0
 
@@ -99,6 +99,7 @@ class Settler:
         self._timer_at: dict[str, float] = {}
         self._doubts: deque[float] = deque(maxlen=pace.doubts_max)
         self._key_refused_until = 0.0
+        self._key_reads = False  # The key that was refused for a release is taken for readings.
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,14 +120,37 @@ class Settler:
                     self._enqueue(escrow_id)
 
     async def drain(self) -> None:
-        """Settle what is due now, then intend nothing more. Bounded by the caller's time-out."""
-        for account in self._bookkeeper.ledger.accounts.values():
-            if self._bookkeeper.due(account):
+        """Settle what is due now, in as many paced releases as it takes, then intend nothing more.
+
+        Bounded by the caller's time-out. What cannot go on by itself is left to the next start.
+        """
+        bookkeeper, clock = self._bookkeeper, self._clock
+        accounts = bookkeeper.ledger.accounts.values()
+        going = [account for account in accounts if bookkeeper.due(account)]
+        while True:
+            settled = {account.escrow: self._settled(account) for account in going}
+            for account in going:
                 self._enqueue(account.escrow)
-        while self._waiting or self._busy:
-            self._idle.clear()
-            await self._idle.wait()
+            while self._waiting or self._busy:
+                self._idle.clear()
+                await self._idle.wait()
+            going = [account for account in going if self._goes_on(account, settled)]
+            if not going or self.blocked():
+                break
+            pace = min(bookkeeper.ledger.escrows[account.escrow].next_mono for account in going)
+            await asyncio.sleep(max(0.0, pace - clock.mono()))
         self._stopping.set()
+
+    def _settled(self, account: Account) -> int:
+        return self._bookkeeper.ledger.escrows[account.escrow].settled
+
+    def _goes_on(self, account: Account, settled: Mapping[str, int]) -> bool:
+        """Whether another visit may pay: one has just paid, or waits for its pace."""
+        state = self._bookkeeper.ledger.escrows[account.escrow]
+        if state.status is not EscrowStatus.ACTIVE or state.release is not None:
+            return False
+        moved = state.settled > settled[account.escrow] or state.next_mono > self._clock.mono()
+        return moved and bool(self._bookkeeper.due(account))
 
     def halt(self) -> None:
         """Intend nothing more from now on; what is under way goes on."""
@@ -205,11 +229,20 @@ class Settler:
             owed=account.owed,
             why=why,
             release_id=f"rel_{secrets.token_hex(12)}",
-            units=account.units,
+            units=self._units(account),
             mono=clock.mono(),
             wall=clock.wall(),
         )
         return await self._carry_out(escrow, await bookkeeper.step(escrow, event))
+
+    def _units(self, account: Account) -> int:
+        """The units that the next release settles: a piece of `release_max` settles none yet.
+
+        So the threshold in units goes on asking for the other pieces, to the last one.
+        """
+        state, rules = self._bookkeeper.ledger.escrows[account.escrow], self._bookkeeper.rules
+        piece = state.payable(account.owed) > rules.release_max
+        return state.units_settled if piece else account.units
 
     def _worth_reading(self, state: Escrow, account: Account) -> bool:
         """Whether a reading now could lead to anything."""
@@ -224,9 +257,10 @@ class Settler:
         reading = await self._service.read(escrow)
         if not isinstance(reading, Reading):
             if reading.kind == "key_refused":
-                self._refuse_key(reading.detail)
+                self._refuse_key(reading.detail, reads=False)
             await bookkeeper.step(escrow, Unreadable(reading.detail, clock.mono()))
             return False
+        self._take_key()
         await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), account.owed))
         return True
 
@@ -240,7 +274,7 @@ class Settler:
             return False
         answer = await self._service.release_partial(send.release)
         if answer.kind is AnswerKind.KEY_REFUSED:
-            self._refuse_key(answer.detail)
+            self._refuse_key(answer.detail, reads=True)
         await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
         release = bookkeeper.ledger.escrows[escrow].release
         if release is not None and release.status in UNKNOWN_OUTCOME:
@@ -261,8 +295,19 @@ class Settler:
             return f"{len(self._doubts)} releases came into doubt one after the other"
         return ""
 
-    def _refuse_key(self, detail: str) -> None:
+    def _take_key(self) -> None:
+        """A reading went well: where readings were refused before, the key works again."""
+        if self._key_refused_until and not self._key_reads:
+            self._key_refused_until = 0.0
+            log.info("The escrow service takes the key again.", action="key_taken")
+
+    def _refuse_key(self, detail: str, *, reads: bool) -> None:
+        """Intend nothing anywhere for a while. `reads`: it was a release that was refused.
+
+        A key that reads and may not release is not put right by the next reading.
+        """
         now = self._clock.mono()
+        self._key_reads = reads
         if now >= self._key_refused_until:
             log.error(
                 "The escrow service refuses the key; nothing is released until it is put right. "

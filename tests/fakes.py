@@ -7,6 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from meterd.bookkeeper import Bookkeeper, Facts
 from meterd.core.changes import AgreementRow, Change, DeadLetter, JournalEntry, MarkBlock
@@ -67,6 +68,10 @@ class FakeStore:
     def fail(self, error: BaseException) -> None:
         """Make every further commit fail with this."""
         self._error = error
+
+    async def backup(self, path: Path) -> None:
+        """Write a file that is no database: what is in it is the real store's to test."""
+        await asyncio.to_thread(path.write_bytes, b"copy")
 
     @property
     def waiting(self) -> int:

@@ -68,6 +68,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "store": "core config errors logs",
         "escrow": "core config errors logs",
         "metrics": "core config errors logs meterd",
+        # It shares nothing with what it audits but the scales of money.
+        "audit": "core.money errors",
         # The door to the money, and the loops on both sides of it.
         "bookkeeper": "core errors logs sources.__init__",
         "intake": "bookkeeper core errors logs sources.__init__",
@@ -77,7 +79,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
         # `check --live` asks the escrow service as the daemon would.
-        "cli": "app config core demo errors escrow.client meterd sandbox",
+        "cli": "app audit config core demo errors escrow.client meterd sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.
@@ -89,7 +91,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
 }
 
 # Where money and quantities are, `float(...)` needs a reason.
-EXACT_ROOMS = ("core", "escrow", "sandbox", "settler", "bookkeeper", "intake", "store")
+EXACT_ROOMS = ("core", "escrow", "sandbox", "settler", "bookkeeper", "intake", "store", "audit")
 FLOATS_ALLOWED = {
     "meterd/sandbox/faults.py": "probabilities and seconds of faults",
     "meterd/escrow/outcomes.py": "seconds of Retry-After",
@@ -289,6 +291,8 @@ def test_core_is_pure() -> None:
         ("sandbox.store", "from meterd.escrow import outcomes"),
         ("config.checks", "from meterd.sources import Source"),
         ("new_room", "from meterd.core import money"),
+        ("audit.checks", "from meterd.core.pricing import RateCard"),
+        ("audit.records", "from meterd.store import schema"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(name: str, text: str) -> None:

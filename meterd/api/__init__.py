@@ -17,6 +17,7 @@ from meterd import __version__
 from meterd.api import pages, problems
 from meterd.api.agreements import Agreements
 from meterd.api.auth import Guard
+from meterd.api.backup import Backup
 from meterd.api.dead_letters import DeadLetters
 from meterd.api.events import Events
 from meterd.api.health import Health
@@ -98,7 +99,7 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
 
 
 def _calls(parts: Parts) -> list[Call]:
-    rooms = (Events, Agreements, Releases, DeadLetters, Plans, Status, Health)
+    rooms = (Events, Agreements, Releases, DeadLetters, Plans, Backup, Status, Health)
     return [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
 
 

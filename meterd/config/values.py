@@ -15,6 +15,7 @@ from functools import partial
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, NoReturn
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, PlainSerializer, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -263,7 +264,23 @@ def read_redis_url(value: object) -> Secret:
     secret = read_secret(value)
     if not secret.reveal().startswith(REDIS_SCHEMES):
         refuse('write an address such as "redis://127.0.0.1:6379/0", "rediss://…" or "unix://…"')
+    if not secret.reveal().startswith("unix:") and not _names_a_host_and_a_number(secret.reveal()):
+        refuse(
+            "is no redis://[user]:[password]@host:port/number; in the password write %2F for /, "
+            "%40 for @, %23 for #, %3F for ?, %25 for %"
+        )
     return secret
+
+
+def _names_a_host_and_a_number(url: str) -> bool:
+    """Whether all of a password stands where one is looked for, so that the rest may be shown."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return False
+    plain = parts.netloc.count("@") <= 1 and not parts.fragment
+    return bool(host) and plain and re.fullmatch(r"(/[0-9]*)?", parts.path, re.ASCII) is not None
 
 
 TOKEN_CHARS_MIN = 16  # Shorter ones can be guessed over a network.

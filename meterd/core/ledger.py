@@ -15,6 +15,7 @@ import collections
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import compress
 
@@ -33,7 +34,7 @@ from meterd.core.events import (
     printable,
 )
 from meterd.core.meters import Aggregation, Meter
-from meterd.core.money import MICROS, NANOS, BadNumber, format_quantity
+from meterd.core.money import MICROS, NANOS, QUANTITY_MAX, BadNumber, format_quantity
 from meterd.core.plans import Plan
 from meterd.core.pricing import Dimensions, RateCard
 from meterd.core.settlement import Escrow, EscrowStatus
@@ -258,14 +259,10 @@ class Ledger:
         Binding again what is bound as asked changes nothing. Escrows of a known agreement stay what
         they are.
         """
-        plan = self.plans.get(agreement.plan)
-        if plan is None:
-            known = ", ".join(sorted(self.plans)) or "none"
-            raise Conflict(f"there is no plan {agreement.plan!r}; known: {known}")
-        for name in (agreement.id, *(escrow for _, escrow in agreement.escrows)):
-            other = self._by_name.get(name)
-            if other is not None and other.agreement.id != agreement.id:
-                raise Conflict(f"{name} belongs to agreement {other.agreement.id} already")
+        objection = self.objection(agreement, self.plans)
+        if objection:
+            raise Conflict(objection)
+        plan = self.plans[agreement.plan]
         account = self.accounts.get(agreement.id)
         if account is None:
             account = self._enter(agreement, plan, wall, Fraction(0))
@@ -276,16 +273,28 @@ class Ledger:
                 agreements=(account.row,),
                 escrows=tuple(fresh),
             )
-        if account.agreement.escrows != agreement.escrows:
-            raise Conflict(
-                f"agreement {agreement.id} is bound to {dict(account.agreement.escrows)}; "
-                "close it and bind the new escrow under another id"
-            )
         if account.agreement == agreement and account.plan == plan:
             return Change(cards=self._new_cards(plan))
         account.agreement = agreement
         self._move_to(account, plan)
         return Change(cards=self._new_cards(plan), agreements=(account.row,))
+
+    def objection(self, agreement: Agreement, plans: Mapping[str, Plan]) -> str:
+        """Say why an agreement cannot be bound under these plans; "" when it can."""
+        if agreement.plan not in plans:
+            known = ", ".join(sorted(plans)) or "none"
+            return f"there is no plan {agreement.plan!r}; known: {known}"
+        for name in (agreement.id, *(escrow for _, escrow in agreement.escrows)):
+            other = self._by_name.get(name)
+            if other is not None and other.agreement.id != agreement.id:
+                return f"{name} belongs to agreement {other.agreement.id} already"
+        account = self.accounts.get(agreement.id)
+        if account is not None and account.agreement.escrows != agreement.escrows:
+            return (
+                f"agreement {agreement.id} is bound to {dict(account.agreement.escrows)}; "
+                "close it and bind the new escrow under another id"
+            )
+        return ""
 
     def _new_cards(self, *plans: Plan) -> tuple[CardRow, ...]:
         """Rows for the cards that no change has held yet.
@@ -424,21 +433,30 @@ class Ledger:
         remembered = self._resolved
         asked = self._asked
         oldest_s, newest_s, now_bucket = oldest / 1000, (now + AHEAD_MAX_MS) / 1000, now // HOUR_MS
+        # Nearly all events are of this hour: then two comparisons say all there is to say.
+        hour_begins = _EPOCH + timedelta(milliseconds=max(oldest, now_bucket * HOUR_MS))
+        hour_ends = _EPOCH + timedelta(
+            milliseconds=min(now + AHEAD_MAX_MS, (now_bucket + 1) * HOUR_MS - 1)
+        )
+        take_index, take_event = found.indices.append, found.events.append
+        take_counter, take_quantity = found.counters.append, found.quantities.append
+        take_bucket = found.buckets.append
         for index, event in enumerate(decoded):
-            if type(event) is Rejection:
+            if isinstance(event, Rejection):
                 rejections.append(event)
                 continue
-            assert isinstance(event, UsageEvent)
             if not event.id and ids is not None:
                 event.id = ids[index]
             # 1. The counter, by the spelling as it came.
             name = event.agreement or event.escrow_id
             names = asked.get(event.meter)
-            if names:
-                values = event.dimensions
-                key = (name, event.meter, *[values.get(dimension) for dimension in names])
-            else:
+            key: tuple[str | None, ...]
+            if not names:
                 key = (name, event.meter)
+            elif len(names) == 1:
+                key = (name, event.meter, event.dimensions.get(names[0]))
+            else:
+                key = (name, event.meter, *map(event.dimensions.get, names))
             counter = remembered.get(key)
             if (
                 counter is None
@@ -462,10 +480,11 @@ class Ledger:
                 rejections.append(Rejection(index, event_id, Reason.MALFORMED, flaw))
                 continue
             # 3. The time.
-            if event.time is None:
+            time = event.time
+            if time is None or hour_begins <= time <= hour_ends:
                 bucket = now_bucket
             else:
-                seconds = event.time.timestamp()
+                seconds = time.timestamp()
                 if not oldest_s <= seconds <= newest_s:
                     rejections.append(_untimely(index, event, early=seconds > newest_s))
                     continue
@@ -474,22 +493,25 @@ class Ledger:
             if counter is None:
                 quantity = event.quantity = 0
             else:
-                try:
-                    quantity = counter.meter.measure(event.quantity)
-                except BadNumber as error:
-                    rejections.append(
-                        Rejection(index, event_id, Reason.BAD_QUANTITY, f"quantity: {error}")
-                    )
-                    continue
-                if type(event.quantity) is not int or counter.meter.aggregation is _COUNT:
-                    event.quantity = _one_spelling(counter.meter, quantity)
+                number, meter = event.quantity, counter.meter
+                if type(number) is int and 0 < number <= QUANTITY_MAX and meter.aggregation is _SUM:
+                    quantity = number * NANOS
+                else:
+                    try:
+                        quantity = meter.measure(number)
+                    except BadNumber as error:
+                        rejections.append(
+                            Rejection(index, event_id, Reason.BAD_QUANTITY, f"quantity: {error}")
+                        )
+                        continue
+                    event.quantity = _one_spelling(meter, quantity)
                 event.agreement = counter.account.agreement.id
             event.escrow_id = ""
-            found.indices.append(index)
-            found.events.append(event)
-            found.counters.append(counter)
-            found.quantities.append(quantity)
-            found.buckets.append(bucket)
+            take_index(index)
+            take_event(event)
+            take_counter(counter)
+            take_quantity(quantity)
+            take_bucket(bucket)
         return found
 
     def _counter(
@@ -672,7 +694,8 @@ def _one_spelling(meter: Meter, quantity: int) -> int | str:
     return quantity // NANOS if quantity % NANOS == 0 else format_quantity(quantity)
 
 
-_COUNT = Aggregation.COUNT  # One look-up less for each event.
+_SUM = Aggregation.SUM  # One look-up less for each event.
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _canonical = msgspec.json.Encoder(order="sorted")
 
 

@@ -304,6 +304,7 @@ class Resume:
     """A person has looked: go on from what the service shows now."""
 
     reason: str
+    wall: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -806,7 +807,11 @@ def _frozen_by(state: Escrow, event: Freeze, _: Rules) -> Outcome:
 
 
 def _resume(state: Escrow, event: Resume, rules: Rules) -> Outcome:
-    """Accept the service's figure as it is; the level rule then pays only what is still missing."""
+    """Accept the service's figure as it is; the level rule then pays only what is still missing.
+
+    A void that the service's history shows is booked as landed: left open, the history would freeze
+    the escrow again at the next reading, and a person could never get it out.
+    """
     if state.status is not EscrowStatus.FROZEN:
         raise NotAllowed(f"the escrow is {state.status.value}, not frozen")
     if state.release is not None:
@@ -825,6 +830,7 @@ def _resume(state: Escrow, event: Resume, rules: Rules) -> Outcome:
             "the service shows less than was released, which may be an old reading: "
             "wait until it has done so for longer than escrow.in_doubt_quarantine"
         )
+    state, records = _book_shown(state, state.reading, event.wall)
     state = replace(
         state,
         status=EscrowStatus.ACTIVE,
@@ -834,7 +840,19 @@ def _resume(state: Escrow, event: Resume, rules: Rules) -> Outcome:
         low_since=None,
         failures=0,
     )
-    return state, alarms
+    return state, (*records, *alarms)
+
+
+def _book_shown(state: Escrow, reading: Reading, wall: int) -> Outcome:
+    """Book as late the voids that a reading's history shows; who resumes accepts them."""
+    late = {
+        void.id: _enter(void, ReleaseStatus.LATE, "in the service's history at a resume", wall)
+        for void in state.voids
+        if void.status is ReleaseStatus.VOID and void.id in reading.release_ids
+    }
+    voids = tuple(late.get(void.id, void) for void in state.voids)
+    settled = state.settled + sum(void.amount for void in late.values())
+    return replace(state, voids=voids, settled=settled), tuple(map(Record, late.values()))
 
 
 def _closing(state: Escrow, _: Closing, __: Rules) -> Outcome:

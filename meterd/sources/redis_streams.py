@@ -38,7 +38,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from meterd.core.events import Reason
 from meterd.errors import ConfigurationError, Mistake, SourceUnavailable
@@ -669,7 +669,7 @@ class RedisStreamSource:
             )
         if "NOGROUP" in text or "requires the key to exist" in text:
             return f"{self._where}: it was deleted, or its group {settings.group} was"
-        if "NOPERM" in text:
+        if isinstance(error, NoPermissionError) or "NOPERM" in text:  # A pipeline keeps the word.
             return f"Redis at {self.address}: the ACL of its user lacks what meterd needs: {text}"
         if isinstance(error, TimeoutError) and not isinstance(error, RedisError):
             return f"Redis at {self.address}: no answer within {settings.connect_timeout_s} s"

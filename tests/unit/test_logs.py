@@ -112,10 +112,10 @@ def test_what_libraries_say_goes_through_the_same_chain():
     """The stdlib's logging is written in the same form, its arguments masked."""
     logs.hide(CANARY)
     stream = configured()
-    logging.getLogger("aiohttp.server").warning("odd request: %s", CANARY)
+    logging.getLogger("aiohttp.client").warning("odd request: %s", CANARY)
     (line,) = lines(stream)
 
-    assert (line["logger"], line["level"]) == ("aiohttp.server", "warning")
+    assert (line["logger"], line["level"]) == ("aiohttp.client", "warning")
     assert line["event"] == "odd request: ***"
 
 

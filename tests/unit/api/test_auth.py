@@ -12,6 +12,7 @@ SETTINGS = ApiSettings(
 # Every call of the API and the scope that it asks for; None: open to everybody.
 CALLS = (
     ("POST", "/v1/events", Scope.INGEST),
+    ("POST", "/v1/backup", Scope.ADMIN),
     ("GET", "/v1/agreements", Scope.READ),
     ("GET", "/v1/agreements/esc_1", Scope.READ),
     ("GET", "/v1/agreements/esc_1/usage", Scope.READ),

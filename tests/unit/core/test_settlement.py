@@ -1221,3 +1221,18 @@ def test_release_is_a_fact_that_cannot_be_changed():
     release = Release("r", "e", 1, 0, ReleaseStatus.INTENDED, "", 0, 0, ())
     with pytest.raises(AttributeError):
         release.amount = 2
+
+
+def test_resumed_escrow_is_not_frozen_again_by_a_void_that_its_history_shows():
+    """A person who resumes accepts what the history shows: it is booked, and the escrow goes on."""
+    case = void(100)
+    given_up = case.state.voids[0]
+    case.do(Freeze("a person looks")).later(20)
+    case.read(100, release_ids=frozenset({given_up.id}))
+    case.do(Resume("it landed after all", case.wall))
+    for _ in range(3):
+        case.later(20).read(100, release_ids=frozenset({given_up.id}))
+
+    assert ACTIVE is case.state.status
+    assert (100, 0) == (case.state.settled, case.state.credited)
+    assert ReleaseStatus.LATE is case.state.voids[0].status

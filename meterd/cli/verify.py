@@ -1,0 +1,225 @@
+"""`meterd verify` and `meterd backup`: the books looked at from outside, and a copy of them.
+
+The rule: looking changes nothing. What is printed first is the verdict's figures; every break names
+its row, so that it can be found with a sqlite3 shell in a copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meterd.cli.daemon import WrongUse
+from meterd.cli.options import AsJson, Config, TokenFile, Url, connect
+from meterd.cli.screen import plain, print_json
+from meterd.core.money import format_amount, format_exact
+
+if TYPE_CHECKING:
+    from meterd.audit import Audit, Books, Shown
+    from meterd.config import Settings
+    from meterd.escrow.client import EscrowClient
+
+ASKED_AT_ONCE = 4  # A service that limits what it is asked should not notice an audit.
+SHOWN_MAX = 50  # Breaks on a terminal; --json has more.
+NEEDS_A_PERSON = 3
+
+
+def verify(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", metavar="DIR", help="A state directory without a daemon on it."),
+    ] = None,
+    backup_file: Annotated[
+        Path | None, typer.Option("--backup", metavar="FILE", help="A copy by meterd backup.")
+    ] = None,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Ask the escrow service for its own figures; moves no money."),
+    ] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Work out every sum again, apart from the daemon's code; exit 3 when one does not agree."""
+    from meterd.audit import audit
+
+    if data_dir is not None and backup_file is not None:
+        raise WrongUse("name one of them: --data-dir DIR or --backup FILE")
+    place = data_dir or backup_file
+    settings = _settings(config) if live or place is None else None
+    if place is None:
+        assert settings is not None
+        place = Path(settings.daemon.data_dir)
+    found = audit(place)
+    if live:
+        assert settings is not None
+        found.hold_against(asyncio.run(_answers(settings, found.escrows)))
+    if as_json:
+        print_json(_document(found))
+    else:
+        sys.stdout.write("".join(f"{plain(line)}\n" for line in _lines(found)))
+    if found.findings.broken:
+        raise typer.Exit(NEEDS_A_PERSON)
+    if found.findings.unasked:
+        raise typer.Exit(1)
+
+
+def _settings(file: Path | None) -> Settings:
+    from meterd import config as configuration
+
+    return configuration.load(file, os.environ)
+
+
+# -- The service's own figures -------------------------------------------------------------------
+
+
+async def _answers(settings: Settings, escrows: list[str]) -> dict[str, Shown | str]:
+    """Ask the escrow service for each escrow, a few at once."""
+    from meterd.app import escrow_api_of
+    from meterd.escrow.client import EscrowClient
+
+    gate = asyncio.Semaphore(ASKED_AT_ONCE)
+    async with EscrowClient(escrow_api_of(settings)) as client:
+        answers = await asyncio.gather(*(_answer(client, gate, name) for name in escrows))
+    return dict(zip(escrows, answers, strict=True))
+
+
+async def _answer(client: EscrowClient, gate: asyncio.Semaphore, escrow: str) -> Shown | str:
+    from meterd.audit import Shown
+    from meterd.core.settlement import Reading
+
+    async with gate:
+        read = await client.read(escrow)
+    if not isinstance(read, Reading):
+        return f"{read.kind}: {read.detail}"
+    if read.escrow != escrow:
+        return f"it answered for another escrow, {read.escrow}"
+    return Shown(
+        read.status, read.total, read.released, read.remaining, read.refunded, read.release_ids
+    )
+
+
+# -- What is printed -----------------------------------------------------------------------------
+
+
+def _figures(books: Books) -> dict[str, Any]:
+    """What was counted, and the sums of money, by the auditor's own reckoning."""
+    statuses = Counter(release.status for release in books.releases.values())
+    accrued = sum(books.accrued.values(), Fraction(0))
+    settled = sum(escrow.settled for escrow in books.escrows.values())
+    credited = sum(escrow.credited for escrow in books.escrows.values())
+    held = sum(
+        release.amount
+        for release in books.releases.values()
+        if release.status in {"intended", "sent", "in_doubt", "escalated"}
+    )
+    rest = accrued - Fraction(settled + credited + held, 10**6)
+    sign = "-" if rest < 0 else ""
+    return {
+        "agreements": len(books.agreements),
+        "escrows": len(books.escrows),
+        "events": sum(counter.events for counter in books.counters),
+        "counters": len(books.counters),
+        "cards": len(books.cards),
+        "releases": dict(sorted(statuses.items())),
+        "accrued": format_exact(accrued),
+        "released": format_amount(settled),
+        "in_doubt": format_amount(held),
+        "credited": format_amount(credited),
+        "unsettled": sign + format_exact(abs(rest)),
+    }
+
+
+def _document(found: Audit) -> dict[str, Any]:
+    findings = found.findings
+    return {
+        "place": str(found.place),
+        "backup": found.is_copy,
+        "agrees": not findings.broken,
+        "broken": findings.broken,
+        "breaks": [
+            {"invariant": each.invariant, "row": each.row, "detail": each.detail}
+            for each in findings.breaks
+        ],
+        "notes": findings.notes,
+        "not_asked": findings.unasked,
+        **_figures(found.books),
+        "checked": dict(findings.checked),
+    }
+
+
+def _lines(found: Audit) -> list[str]:
+    figures, findings = _figures(found.books), found.findings
+    releases = ", ".join(f"{count:,} {word}" for word, count in figures["releases"].items())
+    checked = ", ".join(f"{count:,} {word}" for word, count in findings.checked.items() if count)
+    lines = [
+        f"looked at  {found.place}" + (", a backup" if found.is_copy else ""),
+        (
+            f"counted    {figures['agreements']:,} agreements, {figures['events']:,} events in"
+            f" {figures['counters']:,} counters, {figures['cards']:,} rate cards,"
+            f" {figures['escrows']:,} escrows"
+        ),
+        (
+            f"money      accrued {figures['accrued']} = released {figures['released']} + in doubt"
+            f" {figures['in_doubt']} + credited {figures['credited']} + unsettled"
+            f" {figures['unsettled']} USDC"
+        ),
+        f"releases   {releases or 'none yet'}",
+        f"checked    {checked or 'nothing beside'}",
+        *(f"note       {note}" for note in findings.notes),
+        *(f"BROKEN     {each}" for each in findings.breaks[:SHOWN_MAX]),
+    ]
+    if findings.broken > SHOWN_MAX:
+        lines.append(f"           and {findings.broken - SHOWN_MAX:,} more: --json")
+    if findings.broken:
+        lines.append(f"{findings.broken:,} do not agree. Keep the file as it is, and look.")
+    elif findings.unasked:
+        lines.append(f"The store agrees; {findings.unasked:,} escrows could not be compared.")
+    else:
+        lines.append("Everything agrees.")
+    return lines
+
+
+# -- A copy --------------------------------------------------------------------------------------
+
+RESTORE = """\
+To look at it:     meterd verify --backup {path}
+To restore it:     1. stop the daemon
+                   2. move meterd.db and meterd.db-wal out of its data_dir, both of them
+                   3. copy {path} to meterd.db in there
+                   4. meterd verify --live, then start the daemon
+What was released since then is noticed and never paid again: the escrow freezes until
+meterd resume AGREEMENT --reason TEXT. Usage since then has to be sent once more.
+"""
+
+
+def backup(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A new file on the daemon's machine, absolute.")
+    ],
+    as_json: AsJson = False,
+    config: Config = None,
+    url: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Copy the whole store of a running daemon, as of one moment, into a new file."""
+    if not path.is_absolute():
+        raise WrongUse(f"{path} is not absolute; the daemon may stand in another directory")
+    with connect(config, url, token_file) as daemon:
+        answer = daemon.ask("POST", "v1", "backup", body={"path": str(path)})
+    if as_json:
+        print_json(answer)
+        return
+    sys.stdout.write(f"{plain(path)} has {answer['bytes']:,} bytes.\n")
+    sys.stdout.write(RESTORE.format(path=plain(path)))
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"verify": verify}
+ACTS: dict[str, Callable[..., Any]] = {"backup": backup}
