@@ -50,7 +50,9 @@ def call(method: str, url: str, body: object = None, key: str = "") -> Any:
 class Process:
     """One `python -m meterd …` with its output in a file."""
 
-    def __init__(self, arguments: list[str], log: Path, ready_url: str, env: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: list[str], log: Path, ready_url: str, env: dict[str, str]
+    ) -> None:
         self._command = [sys.executable, "-m", "meterd", *arguments]
         self._log = log
         self._ready_url = ready_url

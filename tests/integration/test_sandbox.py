@@ -1024,7 +1024,7 @@ async def release_until_killed(client: Client, escrow_id: str, answered: dict[st
 async def kill_when(
     process: asyncio.subprocess.Process, answered: dict[str, str], most: int
 ) -> None:
-    while len(answered) < most:  # noqa: ASYNC110 - It counts what others do; there is no event.
+    while len(answered) < most:
         await asyncio.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
 

@@ -21,7 +21,7 @@ def event(**changes):
 
 async def until(true: Callable[[], bool]) -> None:
     """Let the loop work until something is so."""
-    while not true():  # noqa: ASYNC110  # It looks at things that tell nobody when they change.
+    while not true():  # It looks at things that tell nobody when they change.
         await asyncio.sleep(0)
 
 

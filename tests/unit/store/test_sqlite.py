@@ -95,7 +95,7 @@ def tamper(path: Path, *statements: str) -> None:
 
 
 async def until(true) -> None:
-    while not true():  # noqa: ASYNC110  # What is waited for is done by another thread.
+    while not true():  # What is waited for is done by another thread.
         await asyncio.sleep(0.002)
 
 
