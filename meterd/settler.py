@@ -278,7 +278,7 @@ class Settler:
         await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
         release = bookkeeper.ledger.escrows[escrow].release
         if release is not None and release.status in UNKNOWN_OUTCOME:
-            self._doubts.append(clock.mono())
+            self._doubt()
         return True
 
     def blocked(self) -> str:
@@ -294,6 +294,18 @@ class Settler:
         if full and now - self._doubts[0] < self._pace.doubts_window:
             return f"{len(self._doubts)} releases came into doubt one after the other"
         return ""
+
+    def _doubt(self) -> None:
+        """Count a doubt; so many in a row are the service's trouble, not one release's."""
+        before = self.blocked()
+        self._doubts.append(self._clock.mono())
+        why = self.blocked()
+        if why and not before:
+            log.error(
+                f"Nothing is intended for a while: {why}. Usage is counted; see meterd status.",
+                action="releases_blocked",
+                seconds=self._pace.doubts_window,
+            )
 
     def _take_key(self) -> None:
         """A reading went well: where readings were refused before, the key works again."""

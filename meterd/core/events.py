@@ -18,7 +18,6 @@ import msgspec
 from meterd.core import money
 
 EVENT_BYTES_MAX = 64 * 1024
-DEPTH_MAX = 16
 ID_CHARS_MAX = 256
 NAME_CHARS_MAX = 128
 DIMENSIONS_MAX = 32

@@ -8,7 +8,8 @@ start from the disk.
 Theory of operation. One thread owns the one connection. It takes all changes that wait, lays them
 on top of one another (of a counter that changed in ten of them the last row is written) and commits
 them together, so that the price of `synchronous=FULL` is shared by all. Reads wait in the same line
-and see everything that was put before them.
+and see everything that was put before them; without room they go first, and see what is on the
+disk.
 
 Three kinds of failure, and only three:
 
@@ -393,14 +394,21 @@ class SqliteStore:
                     self._wake.wait()
             if self._small_blocks >= JOIN_ANYWAY_AT:
                 return []
-            first = self._queue[0]
+            first = self._next_read() if self._full else self._queue[0]
             if isinstance(first, _Read):
-                self._queue.popleft()
+                self._queue.remove(first)
                 self._under_way = [first]
                 return self._under_way
             # Without room each change is tried alone: perhaps a small one fits.
             self._under_way = list(self._next_writes(1 if self._full else CHANGES_MAX))
             return self._under_way
+
+    def _next_read(self) -> _Read | None:
+        """The first question in line: without room it does not wait for the changes before it.
+
+        A person who asks what is wrong must have an answer, of what is on the disk.
+        """
+        return next((job for job in self._queue if isinstance(job, _Read)), None)
 
     def _next_writes(self, most: int) -> Iterator[_Write]:
         for _ in range(most):
@@ -495,7 +503,7 @@ class SqliteStore:
                 raise StoreFailed(
                     "the disk is full, and what waits cannot be written: make room and start again"
                 )
-            self._wake.wait_for(lambda: self._stopping, self._retry_s)
+            self._wake.wait_for(lambda: self._stopping or self._next_read(), self._retry_s)
         self._retry_s = min(self._retry_s * 2, RETRY_S_MAX)
 
     def _make_reserve(self) -> bool:

@@ -97,10 +97,8 @@ class Node(Daemon):
 
     def logged(self, action: str = "") -> list[dict[str, Any]]:
         """The lines of its log, those with this action alone where one is given."""
-        records = []
-        for line in self._log.read_text(errors="replace").splitlines():
-            if line.startswith("{"):
-                records.append(json.loads(line))
+        lines = self._log.read_text(errors="replace").splitlines()
+        records = [json.loads(line) for line in lines if line.startswith("{")]
         return [each for each in records if not action or each.get("action") == action]
 
     def wait_logged(self, action: str, times: int = 1) -> list[dict[str, Any]]:

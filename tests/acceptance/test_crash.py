@@ -1,7 +1,8 @@
-"""The whole path as processes, killed again and again: at the end every sum agrees to the last quantum.
+"""The whole path as processes, killed again and again: every sum agrees in the end.
 
-Real Redis, real Mosquitto, the sandbox and the daemon. Producers send over three transports at once, some events more
-than once; the daemon dies by SIGKILL at random moments. The test keeps its own sum, in another way than the daemon.
+Real Redis, real Mosquitto, the sandbox and the daemon. Producers send over three transports at
+once, some events more than once; the daemon dies by SIGKILL at random moments. The test keeps its
+own sum, in another way than the daemon.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Workload:
         return event
 
     def batches(self, transport: str, events: int, size: int) -> Iterator[list[dict[str, object]]]:
-        """Cut into batches; about every tenth event comes a second time, at once or in the next batch."""
+        """Cut into batches; about every tenth event comes twice, at once or in the next one."""
         again: list[dict[str, object]] = []
         for _ in range(events // size):
             fresh = [self.event(transport) for _ in range(size)]
@@ -171,9 +172,7 @@ async def _feed_http(url: str, workload: Workload, events: int) -> None:
             await asyncio.sleep(workload.rng.uniform(0, 0.1))
 
 
-async def _post(
-    session: aiohttp.ClientSession, url: str, batch: list[dict[str, object]]
-) -> bool:
+async def _post(session: aiohttp.ClientSession, url: str, batch: list[dict[str, object]]) -> bool:
     try:
         async with session.post(f"{url}/v1/events", json=batch) as response:
             if response.status != 200:
@@ -292,9 +291,7 @@ async def _check_sums(
             for (of, _, kind), quantity in workload.counted.items()
             if of == escrow
         }
-        paid = sum(
-            (Decimal(row["amount"]) for row in sandbox.operations(escrow)), Decimal(0)
-        )
+        paid = sum((Decimal(row["amount"]) for row in sandbox.operations(escrow)), Decimal(0))
         owed = workload.owed(escrow)
 
         assert counted == expected, plan

@@ -56,6 +56,7 @@ class Stage:
     sandbox: Sandbox
     env: Mapping[str, str]
     seen: dict[str, bytes]
+    mqtt_port: int = 0
 
     def ask(self, method: str, path: str, body: object = None, token: str = "") -> int:
         """One call; its whole answer is kept. The status."""
@@ -81,7 +82,9 @@ def _config(sandbox: Sandbox, mosquitto: MosquittoServer, tmp: Path) -> str:
     for scope, token in TOKENS.items():
         file = tmp / f"{scope}.token"
         file.write_text(token + "\n")
-        tokens += f'[[http.tokens]]\nname = "{scope}"\ntoken_file = "{file}"\nscopes = ["{scope}"]\n'
+        tokens += (
+            f'[[http.tokens]]\nname = "{scope}"\ntoken_file = "{file}"\nscopes = ["{scope}"]\n'
+        )
     sources = (
         '[[sources]]\nkind = "redis"\nblock = "200ms"\n'
         f'[[sources]]\nkind = "mqtt"\nport = {mosquitto.port}\nusername = "meterd"\n'
@@ -106,7 +109,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         with Node(directory, _config(sandbox, mosquitto, directory), **env) as node:
             node.wait_ready()
             node.wait_sources()
-            stage = Stage(node, sandbox, env, {})
+            stage = Stage(node, sandbox, env, {}, mosquitto.port)
             yield stage
 
 
@@ -129,7 +132,12 @@ def _wait(stage: Stage, escrow: str, text: bytes) -> None:
 
 
 def _clean(seen: Mapping[str, bytes]) -> list[str]:
-    return [f"{name}: {canary!r}" for name, text in seen.items() for canary in CANARIES if canary in text]
+    return [
+        f"{name}: {canary!r}"
+        for name, text in seen.items()
+        for canary in CANARIES
+        if canary in text
+    ]
 
 
 def test_no_answer_and_no_command_shows_a_secret(stage: Stage) -> None:
@@ -204,14 +212,14 @@ def test_a_call_without_the_right_token_is_refused(stage: Stage, header: str, st
 
 
 def test_no_log_and_no_file_holds_a_secret(stage: Stage) -> None:
-    """The log at debug, and every byte below data_dir, of a life with brokers that came and went."""
+    """The log at debug and every byte below data_dir; brokers came and went meanwhile."""
     with redis.Redis.from_url(stage.env["METERD_SOURCES__REDIS__URL"]) as client:
         client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         client.xadd("meterd:usage", {"meter": "units"})
     stage.node.wait_logged("source_down")
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, "meterd", protocol=paho.MQTTv5)
     client.username_pw_set("meterd", MQTT_PASSWORD)
-    client.connect("127.0.0.1", int(stage.node.config.read_text().split("port = ")[1].split("\n")[0]))
+    client.connect("127.0.0.1", stage.mqtt_port)
     client.loop_start()  # A second client with our id: the broker cuts us off.
     stage.node.wait_logged("source_down", 2)
     client.disconnect()
@@ -274,9 +282,7 @@ def test_wrong_passwords_are_not_shown_when_brokers_refuse_them(
     ],
     ids=lambda change: next(iter(change)).removeprefix("METERD_").lower(),
 )
-def test_a_mistake_in_a_secret_is_told_without_it(
-    stage: Stage, change: Mapping[str, str]
-) -> None:
+def test_a_mistake_in_a_secret_is_told_without_it(stage: Stage, change: Mapping[str, str]) -> None:
     """`meterd check` and `meterd run` name the key, not its value."""
     change = {name: value.replace("\0", "\x01") for name, value in change.items()}
     seen = Stage(stage.node, stage.sandbox, stage.env, {})
