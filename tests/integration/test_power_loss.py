@@ -389,7 +389,7 @@ def cut_everywhere(calls: Sequence[Call], rng: random.Random, cuts: int) -> int:
             disk.cut(directory, rng)
             try:
                 check(directory, disk.told)
-            except Exception as error:  # noqa: BLE001  # Whatever it is, it does not open.
+            except Exception as error:  # noqa: BLE001  # However it fails.
                 print(
                     f"cut {number} behind call {moment}/{len(calls)}, told {disk.told}: {error!r}"
                 )
