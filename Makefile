@@ -9,7 +9,9 @@ venv := .venv
 python := $(venv)/bin/python
 # Wheels alone: nothing is compiled, so no compiler is needed and no build tool is fetched unlocked.
 pip := $(python) -m pip --disable-pip-version-check --no-input --quiet
-locked := $(pip) install --require-hashes --only-binary :all: -r
+# The lock names every package, so nothing is resolved: a resolver would look at newer releases of a
+# package that another one wants with an extra, and refuse them for want of a hash.
+locked := $(pip) install --no-deps --require-hashes --only-binary :all: -r
 package := $(pip) install --no-deps --no-build-isolation --editable .
 compile := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
