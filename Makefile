@@ -46,7 +46,7 @@ soak: $(venv)/dev.stamp servers ## Run the long tests.
 	@$(python) -m pytest -m soak $(ARGS)
 
 lock: ## Choose the newest fitting packages anew (needs uv; UPGRADE= keeps what can be kept).
-	$(compile) $(UPGRADE) --extra demo --group test --group build -o requirements-dev.lock
+	$(compile) $(UPGRADE) --extra demo --extra plot --group test --group build -o requirements-dev.lock
 	$(compile) $(UPGRADE) --extra demo --group build -c requirements-dev.lock -o requirements.lock
 
 clean: ## Remove what make, the tests and the tools have made.
