@@ -1,6 +1,6 @@
-"""The way out to the escrow service: what is sent, and how what comes back is read.
+"""The way out to the services that hold money: what is sent, and how what comes back is read.
 
-The rule kept here: `client` moves bytes and knows whether any left; `outcomes` gives them their
-meaning and touches nothing. Neither decides whether or how much to pay: that is
-`core.settlement`'s.
+The rule kept here: `line` moves bytes and knows whether any left; `documents` and `outcomes` give
+them their meaning and touch nothing; `client` and `wallet` say what is asked of an escrow and of a
+payer's wallet. None decides whether or how much to pay: that is `core.settlement`'s.
 """

@@ -49,24 +49,32 @@ A status that puts the payment off ("queued", "pending") leaves only the totals 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Literal, NoReturn
+from typing import Literal
 
-from meterd.core.money import AMOUNT_DIGITS_MAX, MICROS, format_amount
+from meterd.core.money import format_amount
 from meterd.core.settlement import ENDED, LIVE, WINDING, Answer, AnswerKind, Reading, Release
+from meterd.escrow.documents import (
+    FIELDS,
+    Mask,
+    Nonsense,
+    Number,
+    Received,
+    agreed,
+    documented_error,
+    json_of,
+    named_money,
+    named_text,
+    object_of,
+    try_document,
+    unwrapped,
+)
 
-BODY_BYTES_MAX = 64 * 1024
-DEPTH_MAX = 8
-NUMBER_CHARS_MAX = 24  # A double needs 24 at most: sign, 17 digits, point, exponent.
-EXCERPT_CHARS_MAX = 200
 WAIT_S_MAX = 24 * 3600.0  # A longer wait is a mistake of the service; the core caps it further.
-
-AMOUNT_MAX: int = 10**AMOUNT_DIGITS_MAX * MICROS
 
 ESCROW_ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z", re.ASCII)
 RELEASE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z", re.ASCII)
@@ -78,20 +86,6 @@ MEMO_PREFIX = "meterd "  # What a release's memo begins with; its id follows.
 DENIALS = frozenset({"failed", "declined", "rejected", "error", "denied"})
 NOT_YET = frozenset({"accepted", "pending", "processing", "queued", "scheduled", "submitted"})
 
-# The names under which live services were seen to give each figure, the likeliest first.
-FIELDS: Mapping[str, tuple[str, ...]] = {
-    "escrow": ("escrow_id", "id", "escrowId"),
-    "total": ("amount", "amount_usd", "amount_usdc"),
-    "released": ("released", "released_amount", "amount_released"),
-    "released_total": ("released_total", "total_released"),
-    "remaining": ("remaining", "remaining_amount"),
-    "refunded": ("refunded", "refunded_amount", "amount_refunded"),
-    "gross": ("gross_amount", "amount_gross", "gross"),
-    "currency": ("currency", "asset"),
-    "provider": ("to_agent_id", "provider", "provider_id", "payee"),
-    "deadline": ("auto_release_at", "deadline", "expires_at"),
-}
-WRAPPERS = ("escrow", "data")  # Some services put the document one level down.
 ROWS = ("releases", "release_history")
 LISTS = ("escrows", "items", "data")
 CURSORS = ("next_cursor", "cursor", "next")
@@ -110,16 +104,6 @@ UnreadKind = Literal["key_refused", "forbidden", "missing", "limited", "unavaila
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """What came back: a head, and what could be read of the body; `flaw`: why not all of it."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    flaw: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Unread:
     """A reading that gave nothing, and why.
 
@@ -133,10 +117,62 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One escrow of a list, with the memo of its payer."""
+    """One escrow of a list. Its creator is its payer, who wrote the memo; times are wall ms."""
 
     reading: Reading
     memo: str | None
+    creator: str | None = None
+    created_at: int | None = None  # None: the service gave none, or one that is no time.
+
+    @property
+    def id(self) -> str:
+        """The escrow's id."""
+        return self.reading.escrow
+
+    @property
+    def total(self) -> int:
+        """What it was funded with, in micros."""
+        return self.reading.total
+
+    @property
+    def provider(self) -> str | None:
+        """Who is paid from it."""
+        return self.reading.provider
+
+    @property
+    def status(self) -> str:
+        """The service's own word, as a reading has it."""
+        return self.reading.status
+
+    @property
+    def deadline(self) -> int | None:
+        """When the service acts by itself."""
+        return self.reading.deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked of the service in a creation; the amount in micros."""
+
+    provider: str
+    amount: int
+    memo: str
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A new escrow, as the answer to its creation shows it."""
+
+    escrow: Listed
+
+
+@dataclass(frozen=True, slots=True)
+class CreateFailed:
+    """No escrow that we know of. DOUBT: there may be one, and the list shows it by its memo."""
+
+    kind: AnswerKind
+    detail: str
+    retry_after: float | None = None  # Seconds.
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,65 +184,12 @@ class Page:
     cursor: str | None
 
 
-class Nonsense(ValueError):
-    """The answer cannot be read.
-
-    The message says why and never repeats it. Does not leave this package.
-    """
-
-
-class Number(str):
-    """A JSON number as the characters that came: it has not been a float and never becomes one."""
-
-    __slots__ = ()
-
-
-class Mask:
-    """Makes texts of the service fit for logs: short, printable, without a part of the key."""
-
-    # Twelve characters in a row are no coincidence; shorter parts of a key of usual length open
-    # nothing.
-    _PART_CHARS = 12
-    _SCANNED_CHARS = 4096
-    _LOOKS_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\bpf_(live|test)_[\w-]*")
-
-    def __init__(self, key: str) -> None:
-        self._key = key.lower()
-        self._width = min(self._PART_CHARS, len(key))
-        starts = range(len(key) - self._width + 1) if key else ()
-        self._parts = frozenset(self._key[start : start + self._width] for start in starts)
-
-    def excerpt(self, text: str) -> str:
-        """At most 200 printable characters of `text`, with `***` for what belongs to the key."""
-        text = self._LOOKS_SECRET.sub("***", self._without_key(text[: self._SCANNED_CHARS]))
-        printable = "".join(char if char.isprintable() else " " for char in text)
-        printable = " ".join(printable.split())
-        if len(printable) <= EXCERPT_CHARS_MAX:
-            return printable
-        return printable[: EXCERPT_CHARS_MAX - 1] + "…"
-
-    def _without_key(self, text: str) -> str:
-        if not self._parts:
-            return text
-        # Some capital letters change their length when lowered; then the whole text is not worth
-        # the risk.
-        lowered = text.lower()
-        if len(lowered) != len(text):
-            text = lowered
-        pieces, position, hidden_to = [], 0, 0
-        while position < len(text):
-            if lowered[position : position + self._width] in self._parts:
-                if position >= hidden_to:
-                    pieces.append("***")
-                hidden_to = position + self._width
-            elif position >= hidden_to:
-                pieces.append(text[position])
-            position += 1
-        return "".join(pieces)
-
-
 # --------------------------------------------------------------------------------------------------
 # Answers
+
+
+Figures = tuple[int | None, int | None]
+Evidence = Callable[[Mapping[str, object], bool], Figures]
 
 
 def answer_to_release(release: Release, received: Received, mask: Mask, wall: int) -> Answer:
@@ -214,12 +197,46 @@ def answer_to_release(release: Release, received: Received, mask: Mask, wall: in
 
     `wall` is milliseconds; never raises.
     """
+
+    def evidence(document: Mapping[str, object], echo_counts: bool) -> Figures:
+        return _evidence(release, document, echo_counts=echo_counts)
+
+    return answer_by_evidence(received, mask, wall, evidence)
+
+
+def answer_by_evidence(received: Received, mask: Mask, wall: int, evidence: Evidence) -> Answer:
+    """What an answer to a call that pays means, by the first table at the top; never raises.
+
+    `evidence` looks into the body of a 2xx: this call's gross amount and the total paid, at least
+    one of them, or `Nonsense`. It is told whether an echo of the amount counts.
+    """
+    if not 200 <= received.status < 300:
+        return answer_to_refusal(received, mask, wall)
+    document, why_not = try_document(received)
+    if why_not:
+        return Answer(AnswerKind.DOUBT, f"{received.status} {why_not}")
+    try:
+        amount, released = evidence(document, received.status in (200, 201))
+    except Nonsense as error:
+        return Answer(AnswerKind.DOUBT, mask.excerpt(f"{received.status} {error}"))
+    said = [f"released {format_amount(released)} so far"] if released is not None else []
+    said += [f"amount {format_amount(amount)}"] if amount is not None else []
+    detail = f"{received.status} {', '.join(said)}"
+    return Answer(AnswerKind.CONFIRMED, detail, amount=amount, released=released)
+
+
+def payment(micros: int, key: str) -> dict[str, object]:
+    """The body that pays an amount, with the id that finds it again in the service's history."""
+    assert micros > 0
+    return {"amount": format_amount(micros), "memo": f"{MEMO_PREFIX}{key}"}
+
+
+def answer_to_refusal(received: Received, mask: Mask, wall: int) -> Answer:
+    """What an answer other than a 2xx means, whatever was asked: the rows of the first table."""
     status = received.status
-    document, why_not = _try_document(received)
-    error = _documented_error(document)
+    document, why_not = try_document(received)
+    error = documented_error(document)
     detail = mask.excerpt(f"{status} {error or why_not or NO_ERROR}")
-    if 200 <= status < 300:
-        return _answer_to_2xx(release, status, document, why_not, mask)
     if status in _WHOEVER_SAYS_IT:
         return Answer(_WHOEVER_SAYS_IT[status], detail, retry_after=_wait(received, wall))
     if status in _DOCUMENTED and error is not None:
@@ -245,9 +262,9 @@ def answer_to_read(received: Received, mask: Mask, mono: float, wall: int) -> Re
     for the core to see.
     """
     if received.status != 200:
-        return _unread(received, mask, wall)
+        return unread(received, mask, wall)
     try:
-        return _reading(_escrow_document(_document(received)), mask, mono)
+        return _reading(unwrapped(object_of(received), "escrow"), mask, mono)
     except Nonsense as error:
         return Unread("nonsense", mask.excerpt(f"200 {error}"))
 
@@ -258,32 +275,24 @@ def answer_to_list(received: Received, mask: Mask, mono: float, wall: int) -> Pa
     Never raises. Entries that make no sense are counted.
     """
     if received.status != 200:
-        return _unread(received, mask, wall)
+        return unread(received, mask, wall)
     try:
-        document = _json(received)
+        document = json_of(received)
         rows, cursor = _rows_and_cursor(document)
     except Nonsense as error:
         return Unread("nonsense", mask.excerpt(f"200 {error}"))
-    listed = tuple(_listed(rows, mask, mono))
+    listed = tuple(_all_listed(rows, mask, mono))
     return Page(listed, len(rows) - len(listed), cursor)
 
 
-def error_text(received: Received) -> str | None:
-    """The documented error of an answer, code and message; None: there is none.
-
-    Not masked; never raises.
-    """
-    return _documented_error(_try_document(received)[0])
-
-
-def _unread(received: Received, mask: Mask, wall: int) -> Unread:
+def unread(received: Received, mask: Mask, wall: int) -> Unread:
     """Why a reading gave nothing.
 
     A GET moves nothing, so only an alarm depends on how exact this is.
     """
     status = received.status
-    document, why_not = _try_document(received)
-    error = _documented_error(document)
+    document, why_not = try_document(received)
+    error = documented_error(document)
     kind = _UNREAD.get(status, "unavailable")
     if error is None and status not in _WHOEVER_SAYS_IT:
         kind = "unavailable"  # A proxy's page, or a stranger's: the service itself said nothing.
@@ -303,45 +312,24 @@ _UNREAD: Mapping[int, UnreadKind] = {
 # Evidence of a payment
 
 
-def _answer_to_2xx(
-    release: Release, status: int, document: Mapping[str, object], why_not: str, mask: Mask
-) -> Answer:
-    if why_not:
-        return Answer(AnswerKind.DOUBT, f"{status} {why_not}")
-    try:
-        amount, released = _evidence(release, document, echo_counts=status in (200, 201))
-    except Nonsense as error:
-        return Answer(AnswerKind.DOUBT, mask.excerpt(f"{status} {error}"))
-    said = [f"released {format_amount(released)} so far"] if released is not None else []
-    said += [f"amount {format_amount(amount)}"] if amount is not None else []
-    detail = f"{status} {', '.join(said)}"
-    return Answer(AnswerKind.CONFIRMED, detail, amount=amount, released=released)
-
-
-def _evidence(
-    release: Release, document: Mapping[str, object], *, echo_counts: bool
-) -> tuple[int | None, int | None]:
+def _evidence(release: Release, document: Mapping[str, object], *, echo_counts: bool) -> Figures:
     """This release's gross amount and the total released, at least one of them.
 
     Raises `Nonsense`.
     """
     # 1. What contradicts a payment whatever the figures say.
-    if document.get("error") or document.get("success") is False or document.get("ok") is False:
-        raise Nonsense("the body speaks of an error")
-    body = _escrow_document(document)
-    _same_escrow(release, document, body)
+    body = unwrapped(document, "escrow")
+    words = words_of_success(document, body)
+    _same_escrow(release.escrow, document, body)
     rows = _release_rows(release, document, body)
-    words = {str(part.get("status")).lower() for part in (document, body)}
-    if words & DENIALS:
-        raise Nonsense("the body says that it failed")
     echo_counts = echo_counts and not words & NOT_YET
     # 2. Amounts that can only be this release's.
-    amount = _agreed("gross", *(_money(row, "gross") for row in rows))
+    amount = agreed("gross", *(named_money(row, "gross") for row in rows))
     if amount is not None and amount != release.amount:
         raise Nonsense(f"the body's gross amount is {format_amount(amount)}, not what was asked")
     amount = None if words & NOT_YET else amount
     # 3. The total released.
-    released = _agreed("released_total", *(_money(row, "released_total") for row in rows))
+    released = agreed("released_total", *(named_money(row, "released_total") for row in rows))
     if released is None:
         released, echo = _released(release, body)
         amount = amount if amount is not None or not echo_counts else echo
@@ -352,12 +340,20 @@ def _evidence(
     return amount, released
 
 
-def _same_escrow(
-    release: Release, document: Mapping[str, object], body: Mapping[str, object]
-) -> None:
-    for named in (document, body):
-        escrow = _text(named, "escrow")
-        if escrow is not None and escrow != release.escrow:
+def words_of_success(*parts: Mapping[str, object]) -> frozenset[str]:
+    """The statuses that a 2xx gives. Raises `Nonsense` when it speaks of a failure."""
+    outer = parts[0]
+    if outer.get("error") or outer.get("success") is False or outer.get("ok") is False:
+        raise Nonsense("the body speaks of an error")
+    words = frozenset(str(part.get("status")).lower() for part in parts)
+    if words & DENIALS:
+        raise Nonsense("the body says that it failed")
+    return words
+
+
+def _same_escrow(escrow: str, *parts: Mapping[str, object]) -> None:
+    for part in parts:
+        if named_text(part, "escrow") not in (None, escrow):
             raise Nonsense("the body is about another escrow")
 
 
@@ -369,17 +365,17 @@ def _release_rows(
     for part in tuple(rows):
         nested = part.get("release")
         if isinstance(nested, dict):
-            if _our_id(nested) not in (None, release.id):
+            if our_id(nested) not in (None, release.id):
                 raise Nonsense("the body is about another release")
-            rows += [nested] if _done(nested) else []
-        rows += [row for row in _history(part) if _our_id(row) == release.id and _done(row)]
+            rows += [nested] if is_done(nested) else []
+        rows += [row for row in history(part, ROWS) if our_id(row) == release.id and is_done(row)]
     return rows
 
 
-def _released(release: Release, body: Mapping[str, object]) -> tuple[int | None, int | None]:
+def _released(release: Release, body: Mapping[str, object]) -> Figures:
     """The total released by an escrow's own figures, or what looks like an echo of the amount."""
-    total, released = _money(body, "total"), _money(body, "released")
-    remaining, refunded = _money(body, "remaining"), _money(body, "refunded") or 0
+    total, released = named_money(body, "total"), named_money(body, "released")
+    remaining, refunded = named_money(body, "remaining"), named_money(body, "refunded") or 0
     expected = release.before + release.amount
     if remaining is None:
         if released == release.amount and released not in (release.before, expected):
@@ -398,9 +394,104 @@ def _released(release: Release, body: Mapping[str, object]) -> tuple[int | None,
 def _echo(release: Release, rows: list[Mapping[str, object]]) -> int | None:
     """An `amount` alone that is exactly what was asked; any other may be net, or a total."""
     for row in rows:
-        if _money(row, "remaining") is None and _money(row, "total") == release.amount:
+        if named_money(row, "remaining") is None and named_money(row, "total") == release.amount:
             return release.amount
     return None
+
+
+# --------------------------------------------------------------------------------------------------
+# Creations, and the rest of an escrow
+
+
+def answer_to_create(
+    wanted: Wanted, received: Received, mask: Mask, mono: float, wall: int
+) -> Created | CreateFailed:
+    """Whether an escrow was created as it was wanted; never raises.
+
+    Created: a 200 or 201 that names the new escrow and contradicts nothing. What it leaves out is
+    taken as it was asked: a reading follows before anything is paid. Every other 2xx is a DOUBT.
+    """
+    if not 200 <= received.status < 300:
+        refusal = answer_to_refusal(received, mask, wall)
+        return CreateFailed(refusal.kind, refusal.detail, refusal.retry_after)
+    if received.status not in (200, 201):
+        return CreateFailed(AnswerKind.DOUBT, f"{received.status} it may be created later")
+    try:
+        return Created(_created(wanted, object_of(received), mask, mono))
+    except Nonsense as error:
+        return CreateFailed(AnswerKind.DOUBT, mask.excerpt(f"{received.status} {error}"))
+
+
+def _created(wanted: Wanted, document: Mapping[str, object], mask: Mask, mono: float) -> Listed:
+    body = unwrapped(document, "escrow")
+    if words_of_success(document, body) & (NOT_YET - LIVE):
+        raise Nonsense("the escrow may be created later")
+    asked: dict[str, object] = {"status": "funded", "memo": wanted.memo}
+    if named_money(body, "total") is None:
+        asked["amount"] = Number(format_amount(wanted.amount))
+    if named_money(body, "remaining") is None and named_money(body, "released") is None:
+        asked["released"] = Number("0")
+    listed = _listed(asked | {n: v for n, v in body.items() if v is not None}, mask, mono)
+    if (listed.total, listed.reading.released) != (wanted.amount, 0):
+        raise Nonsense("the body's amount is not what was asked")
+    if listed.provider not in (None, wanted.provider):
+        raise Nonsense("the body names another provider")
+    if listed.memo != wanted.memo:
+        raise Nonsense("the body has another memo")
+    return listed
+
+
+def answer_to_refund_rest(escrow: str, received: Received, mask: Mask, wall: int) -> Answer:
+    """What an answer to a refund of the whole remainder means; never raises.
+
+    CONFIRMED: the body says of this escrow that nothing remains, and does not say that it was paid
+    out. A 2xx that says less is a DOUBT, also one that the service only took note of: a reading
+    shows when it is done.
+    """
+    return _answer_to_rest(escrow, received, mask, wall, contrary=_PAID_OUT)
+
+
+def answer_to_release_rest(escrow: str, received: Received, mask: Mask, wall: int) -> Answer:
+    """What an answer to a release of the whole remainder means; as for a refund of it."""
+    return _answer_to_rest(escrow, received, mask, wall, contrary=GONE_BACK)
+
+
+_PAID_OUT = frozenset({"released", "completed", "complete", "paid"})
+
+
+def _answer_to_rest(
+    escrow: str, received: Received, mask: Mask, wall: int, *, contrary: frozenset[str]
+) -> Answer:
+    if not 200 <= received.status < 300:
+        return answer_to_refusal(received, mask, wall)
+    try:
+        released = _nothing_remains(escrow, object_of(received), contrary)
+    except Nonsense as error:
+        return Answer(AnswerKind.DOUBT, mask.excerpt(f"{received.status} {error}"))
+    return Answer(AnswerKind.CONFIRMED, f"{received.status} nothing remains", released=released)
+
+
+def _nothing_remains(
+    escrow: str, document: Mapping[str, object], contrary: frozenset[str]
+) -> int | None:
+    """The total released, where the body gives it and says that nothing remains.
+
+    Raises `Nonsense`.
+    """
+    body = unwrapped(document, "escrow")
+    words = words_of_success(document, body)
+    _same_escrow(escrow, document, body)
+    if named_money(body, "remaining") != 0:
+        raise Nonsense("the body does not say that nothing remains")
+    if words & NOT_YET:
+        raise Nonsense("it was only taken note of")
+    if str(body.get("status")).lower() in contrary:
+        raise Nonsense("the body says that the rest went the other way")
+    return agreed("released", *_released_figures(body))
+
+
+def _released_figures(body: Mapping[str, object]) -> Figures:
+    return named_money(body, "released"), named_money(body, "released_total")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,14 +500,14 @@ def _echo(release: Release, rows: list[Mapping[str, object]]) -> int | None:
 
 def _reading(body: Mapping[str, object], mask: Mask, mono: float) -> Reading:
     """An escrow's own figures. Raises `Nonsense` when one is missing or unreadable."""
-    escrow = _text(body, "escrow")
+    escrow = named_text(body, "escrow")
     if escrow is None or ESCROW_ID.match(escrow) is None or mask.excerpt(escrow) != escrow:
         raise Nonsense("the body names no escrow")
-    status = _status(body, mask)
-    currency, provider = _text(body, "currency"), _text(body, "provider")
-    total, released = _money(body, "total"), _money(body, "released")
-    remaining, refunded = _money(body, "remaining"), _money(body, "refunded")
-    released = _agreed("released", released, _money(body, "released_total"))
+    status = status_word(body, mask)
+    currency, provider = named_text(body, "currency"), named_text(body, "provider")
+    total = named_money(body, "total")
+    remaining, refunded = named_money(body, "remaining"), named_money(body, "refunded")
+    released = agreed("released", *_released_figures(body))
     if total is None:
         raise Nonsense("the body has no total")
     if released is None:
@@ -438,12 +529,15 @@ def _reading(body: Mapping[str, object], mask: Mask, mono: float) -> Reading:
         provider=None if provider is None else mask.excerpt(provider),
         deadline=_deadline(body),
         mono=mono,
-        release_ids=_release_ids(body),
+        release_ids=ids_of_ours(history(body, ROWS)),
     )
 
 
-def _status(body: Mapping[str, object], mask: Mask) -> str:
-    """The service's own word: in small letters where meterd knows it, else as it is."""
+def status_word(body: Mapping[str, object], mask: Mask) -> str:
+    """The service's own word: in small letters where meterd knows it, else as it is.
+
+    Raises `Nonsense`.
+    """
     word = body.get("status")
     if not isinstance(word, str) or not word or isinstance(word, Number):
         raise Nonsense("the body has no status")
@@ -464,6 +558,14 @@ def _deadline(body: Mapping[str, object]) -> int | None:
         return None
     if not isinstance(text, str):
         raise Nonsense("the deadline is no time")
+    moment = _moment(text)
+    if moment is None:
+        raise Nonsense("the deadline is no time")
+    return moment
+
+
+def _moment(text: str) -> int | None:
+    """A time in any of these forms as wall ms; None: it is none."""
     epoch = _EPOCH.match(text)
     if epoch is not None:
         whole = int(epoch[1])
@@ -474,8 +576,8 @@ def _deadline(body: Mapping[str, object]) -> int | None:
         moment = datetime.fromisoformat(text)
         moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
         since = moment - _EPOCH_START
-    except (ValueError, OverflowError) as error:
-        raise Nonsense("the deadline is no time") from error
+    except (ValueError, OverflowError):
+        return None
     return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
 
 
@@ -484,29 +586,31 @@ _EPOCH_MS_FROM = 100_000_000_000  # In seconds that is the year 5138, in millise
 _EPOCH_START = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def _release_ids(body: Mapping[str, object]) -> frozenset[str]:
-    """Ids of ours in the history, by key or memo.
+def ids_of_ours(rows: Iterable[Mapping[str, object]]) -> frozenset[str]:
+    """Ids of ours in a history, by key or memo.
 
     A line that does not say it was done is not counted.
     """
-    ids = (_our_id(row) for row in _history(body) if _done(row))
+    ids = (our_id(row) for row in rows if is_done(row))
     return frozenset(found for found in ids if found is not None)
 
 
-def _history(body: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    for name in ROWS:
+def history(body: Mapping[str, object], names: tuple[str, ...]) -> Iterator[Mapping[str, object]]:
+    """The lines of the service's own history, under whichever of the names it stands."""
+    for name in names:
         rows = body.get(name)
         if isinstance(rows, list):
             yield from (row for row in rows if isinstance(row, dict))
 
 
-def _done(row: Mapping[str, object]) -> bool:
+def is_done(row: Mapping[str, object]) -> bool:
+    """Whether a line of the history does not say that it is still to come, or failed."""
     status = row.get("status")
     return status is None or (isinstance(status, str) and status.lower() in DONE_WORDS)
 
 
-def _our_id(row: Mapping[str, object]) -> str | None:
-    """The id that meterd gave this release; `release_id` is the service's own."""
+def our_id(row: Mapping[str, object]) -> str | None:
+    """The id that meterd gave this release or debit; `release_id` is the service's own."""
     memo, key = row.get("memo"), row.get("idempotency_key")
     if isinstance(memo, str) and memo.startswith(MEMO_PREFIX):
         found = memo.removeprefix(MEMO_PREFIX)
@@ -531,173 +635,26 @@ def _rows_and_cursor(document: object) -> tuple[list[object], str | None]:
     return rows, cursor
 
 
-def _listed(rows: list[object], mask: Mask, mono: float) -> Iterator[Listed]:
+def _all_listed(rows: list[object], mask: Mask, mono: float) -> Iterator[Listed]:
     for row in rows:
         if not isinstance(row, dict):
             continue
         try:
-            reading = _reading(row, mask, mono)
+            yield _listed(row, mask, mono)
         except Nonsense:
             continue  # The caller learns how many there were.
-        memo = row.get("memo")
-        yield Listed(reading, mask.excerpt(memo) if isinstance(memo, str) else None)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fields
-
-
-def _escrow_document(document: Mapping[str, object]) -> Mapping[str, object]:
-    """The escrow of a body: the body itself, or what it wraps when it has no id of its own."""
-    if _text(document, "escrow") is not None:
-        return document
-    for name in WRAPPERS:
-        inner = document.get(name)
-        if isinstance(inner, dict) and inner:
-            return _escrow_document(inner)
-    return document
-
-
-def _text(body: Mapping[str, object], field: str) -> str | None:
-    """The first text, or number as text, under a field's names; None: there is none."""
-    for name in FIELDS[field]:
-        value = body.get(name)
-        if isinstance(value, str) and value and value.isprintable():
-            return str(value)
-    return None
-
-
-def _money(body: Mapping[str, object], field: str) -> int | None:
-    """Micros under a field's names, which must agree.
-
-    `true` and `null` are no figures. Raises `Nonsense`.
-    """
-    values = (body.get(name) for name in FIELDS[field])
-    return _agreed(field, *(read_money(value) for value in values if isinstance(value, str)))
-
-
-def _agreed(field: str, *figures: int | None) -> int | None:
-    known = {figure for figure in figures if figure is not None}
-    if len(known) > 1:
-        raise Nonsense(f"the body has two figures for {field}")
-    return next(iter(known), None)
-
-
-_MONEY = re.compile(r"(-?)([0-9]+)(?:\.([0-9]+))?(?:[eE]([+-]?[0-9]{1,2}))?\Z", re.ASCII)
-_NOISE_DENOMINATOR = 1000  # A thousandth of a micro, 1e-9 USDC.
-
-
-def read_money(text: str) -> int:
-    """Read an amount as the service writes it, as micros. Raises `Nonsense`.
-
-    Floats of other people leave noise (14.850000000000001, -1.7e-15): what is nearer than 1e-9 USDC
-    to a whole micro is that micro. Anything between two micros is nonsense: USDC has none of it.
-    """
-    match = _MONEY.match(text) if len(text) <= NUMBER_CHARS_MAX else None
-    if match is None:
-        raise Nonsense("an amount is no plain number")
-    sign, whole, fraction, exponent = match.groups(default="")
-    power = int(exponent or "0") - len(fraction)
-    scaled = int(whole + fraction) * MICROS * _ten_to(power)
-    unit = _ten_to(-power)
-    micros: int = (2 * scaled + unit) // (2 * unit)
-    if abs(scaled - micros * unit) * _NOISE_DENOMINATOR > unit:
-        raise Nonsense("an amount has more than 6 decimals")
-    if sign and micros:
-        raise Nonsense("an amount is below 0")
-    if micros >= AMOUNT_MAX:
-        raise Nonsense("an amount is too large to be true")
-    return micros
-
-
-def _ten_to(power: int) -> int:
-    """Ten to a power; 1 for those below 0."""
-    return int("1" + "0" * max(power, 0))
-
-
-# --------------------------------------------------------------------------------------------------
-# Documents
-
-
-def _documented_error(document: Mapping[str, object]) -> str | None:
-    """The error as the contract documents it, for people; None: this is not one."""
-    error, message = document.get("error"), document.get("message")
-    if isinstance(error, dict):
-        code, message = error.get("code"), error.get("message")
-        error = code if isinstance(code, str) else message
-    if not isinstance(error, str) or not error.strip():
-        return None
-    return f"{error}: {message}" if isinstance(message, str) and message != error else error
-
-
-def _try_document(received: Received) -> tuple[Mapping[str, object], str]:
-    """The body's object, or an empty one and why there is none."""
-    try:
-        return _document(received), ""
-    except Nonsense as error:
-        return {}, str(error)
-
-
-def _document(received: Received) -> Mapping[str, object]:
-    document = _json(received)
-    if not isinstance(document, dict):
-        raise Nonsense("the body is no JSON object")
-    return document
-
-
-def _json(received: Received) -> object:
-    """The body as JSON within the limits, numbers as `Number`. Raises `Nonsense`."""
-    if received.flaw:
-        raise Nonsense(received.flaw)
-    if len(received.body) > BODY_BYTES_MAX:
-        raise Nonsense("the body is longer than 64 KiB")
-    if not received.body.strip():
-        raise Nonsense("the body is empty")
-    _check_depth(received.body)
-    try:
-        return json.loads(
-            received.body.decode("utf-8"),
-            parse_float=_number,
-            parse_int=_number,
-            parse_constant=_no_constant,
-            object_pairs_hook=_object,
-        )
-    except Nonsense:
-        raise
-    except ValueError as error:
-        raise Nonsense("the body is no JSON") from error
-
-
-# A string without an end runs to the end of the body, so that this stays linear.
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-
-def _check_depth(body: bytes) -> None:
-    """Refuse deep nesting before the decoder recurses into it."""
-    depth = 0
-    for bracket in _STRING.sub(b"", body).translate(None, _NO_BRACKETS):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > DEPTH_MAX:
-            raise Nonsense(f"the body is nested deeper than {DEPTH_MAX}")
-
-
-def _number(text: str) -> Number:
-    if len(text) > NUMBER_CHARS_MAX:
-        raise Nonsense(f"the body has a number of more than {NUMBER_CHARS_MAX} characters")
-    return Number(text)
-
-
-def _no_constant(_: str) -> NoReturn:
-    raise Nonsense("the body has NaN or Infinity for a number")
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Two values under one name are two answers: which one counts is not for us to guess."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise Nonsense("the body has one name twice")
-    return made
+def _listed(row: Mapping[str, object], mask: Mask, mono: float) -> Listed:
+    """An escrow with what a payer finds it by. Raises `Nonsense`."""
+    memo, creator = row.get("memo"), named_text(row, "creator")
+    created = named_text(row, "created")
+    return Listed(
+        reading=_reading(row, mask, mono),
+        memo=mask.excerpt(memo) if isinstance(memo, str) else None,
+        creator=None if creator is None else mask.excerpt(creator),
+        created_at=None if created is None else _moment(created),
+    )
 
 
 # --------------------------------------------------------------------------------------------------

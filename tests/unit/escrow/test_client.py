@@ -14,7 +14,8 @@ from aiohttp.test_utils import TestServer
 from meterd.core.settlement import Answer, AnswerKind, Reading, Release, ReleaseStatus
 from meterd.errors import ConfigurationError, Refused, Unavailable
 from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths, Listing
-from meterd.escrow.outcomes import BODY_BYTES_MAX, Unread
+from meterd.escrow.documents import BODY_BYTES_MAX
+from meterd.escrow.outcomes import Unread
 
 KEY = "pf_live_0a1B2c3D4e5F6g7H8i9J"
 RELEASE = Release("rel_77", "esc_1", 2, 0, ReleaseStatus.SENT, "amount", 0, 0, ())
@@ -739,10 +740,10 @@ def test_every_mistake_of_the_settings_is_told_at_once():
     assert [mistake.key for mistake in caught.value.mistakes] == [
         "escrow.base_url",
         "escrow.api_key",
-        "escrow.paths",
-        "escrow.paths",
         "escrow.idempotency_header",
         "escrow.request_timeout",
         "escrow.connections_max",
+        "escrow.paths",
+        "escrow.paths",
     ]
     assert KEY not in str(caught.value)

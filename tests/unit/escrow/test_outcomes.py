@@ -8,19 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterd.core.settlement import Answer, AnswerKind, Reading, Release, ReleaseStatus
-from meterd.escrow.outcomes import (
+from meterd.escrow.documents import (
     BODY_BYTES_MAX,
     EXCERPT_CHARS_MAX,
     Mask,
     Nonsense,
-    Page,
     Received,
+    error_text,
+    read_money,
+)
+from meterd.escrow.outcomes import (
+    Page,
     Unread,
     answer_to_list,
     answer_to_read,
     answer_to_release,
-    error_text,
-    read_money,
 )
 
 KEY = "pf_live_0a1B2c3D4e5F6g7H8i9J"
