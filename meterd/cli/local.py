@@ -15,6 +15,7 @@ import typer
 from meterd import __version__
 from meterd.cli.daemon import WrongUse
 from meterd.cli.options import Config
+from meterd.core.money import BadNumber, parse_amount
 from meterd.errors import MeterdError, Mistake
 
 
@@ -70,6 +71,9 @@ def sandbox(
     honour_idempotency: Annotated[
         bool, typer.Option("--honour-idempotency", help="A repeated Idempotency-Key moves nothing.")
     ] = False,
+    wallet_minimum: Annotated[
+        str, typer.Option(metavar="AMOUNT", help="The smallest debit from a wallet, in USDC.")
+    ] = "0.01",
 ) -> None:
     """Serve the escrow service for development, with its faults on request, until Ctrl-C."""
     import asyncio
@@ -86,6 +90,7 @@ def sandbox(
         fee_bps=fee_bps,
         rate_limit_per_minute=rate_limit,
         honour_idempotency=honour_idempotency,
+        wallet_minimum=_amount_of(wallet_minimum),
     )
 
     def ready(origin: str) -> None:
@@ -101,6 +106,13 @@ def sandbox(
         raise MeterdError(
             f"{listen}: {error.strerror}; name another: --listen 127.0.0.1:0"
         ) from None
+
+
+def _amount_of(text: str) -> int:
+    try:
+        return parse_amount(text)
+    except BadNumber as error:
+        raise WrongUse(f"--wallet-minimum: {error}; write --wallet-minimum 0.01") from None
 
 
 def _key_of(text: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from meterd.sandbox.ledger import (
     Operation,
     Refusal,
     Terms,
+    Wallet,
 )
 from meterd.sandbox.misdelivery import Reply, deliver, plain, refusal
 from meterd.sandbox.service import Service, new_escrow_id
@@ -74,6 +75,23 @@ class Asked:
     key: str | None
     fields: Mapping[str, Any]
     query: Mapping[str, str]
+    payer: str | None = None  # Whose wallet it is about.
+    payee: str | None = None  # Whom that wallet pays.
+
+    @property
+    def about(self) -> str | None:
+        """What it is about, as faults and counts name it: an escrow's id, or a payer's."""
+        return self.escrow_id or self.payer
+
+    @property
+    def place(self) -> str | None:
+        """Where its key counts, as `Operation.place`."""
+        return self.payee or self.escrow_id
+
+    @property
+    def owner(self) -> str:
+        """The agent that stands in the log for it: who asks, but for a debit who pays."""
+        return self.payer or self.agent
 
     @property
     def escrow(self) -> str:
@@ -98,13 +116,15 @@ class Arrival:
 
 
 READS = frozenset({Call.GET, Call.LIST, Call.WALLET})
-HONOURING = frozenset({Call.CREATE, Call.RELEASE, Call.RELEASE_PARTIAL, Call.REFUND})
+HONOURING = frozenset({Call.CREATE, Call.RELEASE, Call.RELEASE_PARTIAL, Call.REFUND, Call.DEBIT})
 KIND_OF: Mapping[Call, Kind] = {
     Call.CREATE: Kind.CREATE,
     Call.RELEASE: Kind.RELEASE,
     Call.RELEASE_PARTIAL: Kind.RELEASE_PARTIAL,
     Call.REFUND: Kind.REFUND,
+    Call.DEBIT: Kind.DEBIT,
 }
+LIMITED = frozenset({Call.RELEASE, Call.RELEASE_PARTIAL, Call.DEBIT, Call.CREATE})
 
 
 class Contract:
@@ -130,7 +150,7 @@ class Contract:
         except BadRequest as error:
             return plain(refusal(400, error.code, error.text))
         now_ms = self._service.catch_up()
-        arrival = Arrival(now_ms, call, asked.escrow_id, asked.key)
+        arrival = Arrival(now_ms, call, asked.about, asked.key)
         if act is not None:
             self.arrivals.append(arrival)
         # 2. What goes wrong with it.
@@ -154,14 +174,13 @@ class Contract:
         return self._settings.keys.get(key) if scheme == "Bearer" else None
 
     def _too_often(self, asked: Asked, now_ms: int) -> bool:
-        """Whether the limit of a minute is used up: releases by escrow, creations by agent."""
+        """Whether the limit of a minute is used up: by escrow, by payer, by agent for creations."""
         most = self._settings.rate_limit_per_minute
-        releases = asked.call in (Call.RELEASE, Call.RELEASE_PARTIAL)
-        if most is None or not (releases or asked.call is Call.CREATE):
+        if most is None or asked.call not in LIMITED:
             return False
         if len(self._rates) > RATES_KEPT:
             self._rates.clear()
-        times = self._rates.setdefault(asked.escrow_id or f"agent {asked.agent}", deque())
+        times = self._rates.setdefault(asked.escrow_id or f"{asked.call} {asked.owner}", deque())
         while times and times[0] <= now_ms - RATE_WINDOW_MS:
             times.popleft()
         if len(times) >= most:
@@ -174,11 +193,13 @@ class Contract:
         repeat = False
         if faults.wants_repeats and asked.key is not None:
             repeat = await self._earlier(asked) is not None
-        return faults.pick(Phase.REQUEST, asked.call, asked.escrow_id, repeat=repeat)
+        return faults.pick(Phase.REQUEST, asked.call, asked.about, repeat=repeat)
 
     async def _earlier(self, asked: Asked) -> Operation | None:
         assert asked.key is not None
-        return await self._service.store.operation_by_key(asked.key, asked.agent, asked.escrow_id)
+        return await self._service.store.operation_by_key(
+            asked.key, asked.owner, asked.escrow_id, asked.payee
+        )
 
     async def _carry_out(self, asked: Asked, act: Act, fault: Rule | None) -> Reply:
         """Move the money, or not, or later, or twice."""
@@ -189,7 +210,7 @@ class Contract:
             return self._present(asked)
         if not fault.moves:
             return self._present(asked)
-        before = self._books.escrows.get(asked.escrow_id or "")
+        before = self._standing(asked)
         reply = await self._once(asked, act, fault.kind)
         if fault.kind == "duplicate_delivery":
             await self._once(asked, act, fault.kind)
@@ -201,7 +222,7 @@ class Contract:
         """Carry the request out; where keys are honoured, only if its key is new."""
         if asked.key is None or not self._honours(asked):
             return self._reply(await self._service.perform(act, outcome))
-        scope = f"{asked.agent} {asked.escrow_id} {asked.key}"
+        scope = f"{asked.owner} {asked.place} {asked.key}"
         # Two requests with one key wait for each other, or both would find the key unused.
         lock = self._locks.setdefault(scope, asyncio.Lock())
         async with lock:
@@ -219,7 +240,7 @@ class Contract:
             self._service.land_late(unused, fault.ms("seconds"), fault.kind)
 
     def _unless_used(self, asked: Asked, act: Act, outcome: str, now_ms: int) -> Decision:
-        if self._service.has_booked(asked.agent, asked.escrow_id, asked.key):
+        if self._service.has_booked(asked.owner, asked.place, asked.key):
             return Refusal(Code.REPEATED, "this was asked for before")
         return act(outcome, now_ms)
 
@@ -227,7 +248,7 @@ class Contract:
         if asked.call not in HONOURING:
             return False
         return self._settings.honour_idempotency or self._service.faults.honours(
-            asked.call, asked.escrow_id
+            asked.call, asked.about
         )
 
     def _repeated(self, asked: Asked, earlier: Operation) -> Reply:
@@ -237,13 +258,24 @@ class Contract:
             same = earlier.gross == wire.read_amount(asked.fields)
         if not same:
             return refusal(409, "idempotency_key_reused", "this key stands for another request")
-        assert earlier.escrow_id is not None
+        if earlier.escrow_id is None:
+            payer, payee = earlier.agent, earlier.payee or ""
+            level = ledger.debited(self._books, payer, payee)
+            return _debited(earlier, self._books.wallets[payer], level)
         return self._moved(self._books.escrows[earlier.escrow_id], earlier)
 
+    def _standing(self, asked: Asked) -> Escrow | Wallet | None:
+        """What the request is about, as it stands; None: there is no such thing."""
+        if asked.payer is not None and asked.payer in self._books.wallets:
+            return ledger.wallet(self._books, asked.payer)
+        return self._books.escrows.get(asked.escrow_id or "")
+
     def _present(self, asked: Asked) -> Reply:
-        """What could be said although nothing was done: the escrow as it stands."""
-        escrow = self._books.escrows.get(asked.escrow_id or "")
-        return Reply(200, {} if escrow is None else wire.escrow_answer(escrow))
+        """What could be said although nothing was done: the escrow or wallet as it stands."""
+        standing = self._standing(asked)
+        if isinstance(standing, Wallet):
+            return Reply(200, wire.wallet_answer(standing, asked.payee or asked.agent))
+        return Reply(200, {} if standing is None else wire.escrow_answer(standing))
 
     def _reply(self, decision: Decision) -> Reply:
         if isinstance(decision, Refusal):
@@ -252,17 +284,10 @@ class Contract:
             return self._moved(decision.escrow, decision.operation)
         operation = decision.operation
         assert operation is not None
-        return Reply(
-            200,
-            {
-                "operation_id": f"op_{operation.seq}",
-                "agent_id": operation.agent,
-                "amount": format_amount(operation.gross),
-                "currency": "USDC",
-                "balance": format_amount(decision.wallets[operation.agent]),
-                "memo": operation.memo,
-            },
-        )
+        balance = decision.wallets[operation.agent]
+        if operation.payee is not None:
+            return _debited(operation, balance, decision.debited)
+        return Reply(200, _granted(operation, balance))
 
     def _moved(self, escrow: Escrow, operation: Operation | None) -> Reply:
         document = wire.escrow_answer(escrow)
@@ -320,12 +345,15 @@ class Contract:
         return Reply(200, {"escrows": page, "next_cursor": following})
 
     async def _wallet(self, asked: Asked) -> Reply:
-        agent = asked.query["agent"]
-        if agent not in self._books.wallets:
+        payer, payee = asked.payer, asked.payee
+        assert payer is not None
+        assert payee is not None
+        if payer not in self._books.wallets:
             return refusal(404, "agent_not_found", "there is no such agent")
-        await self._service.store.all_saved()
-        balance = format_amount(self._books.wallets[agent])
-        return Reply(200, {"agent_id": agent, "balance": balance, "currency": "USDC"})
+        view = self._view(asked.call, payer)
+        wallet = await self._service.shown_wallet(payer, view, self._service.now_ms())
+        debits = self._service.debits(wallet, payee)
+        return Reply(200, {**wire.wallet_answer(wallet, payee), "debits": debits})
 
     _READERS: Mapping[Call, Callable[[Contract, Asked], Awaitable[Reply]]] = {
         Call.GET: _get,
@@ -395,9 +423,9 @@ class Contract:
         raise BadRequest("invalid_resolution", 'resolution: "release", "refund" or "resume"')
 
     def _debit(self, asked: Asked, ask: Ask) -> Act:
-        """The payee is the asker, unless the asker is the payer and names one."""
-        payer = wire.read_agent(asked.fields, "agent_id")
-        payee = wire.read_agent(asked.fields, "to_agent_id", asked.agent)
+        payer, payee = asked.payer, asked.payee
+        assert payer is not None
+        assert payee is not None
         gross = wire.read_amount(asked.fields)
         return lambda outcome, now: ledger.debit(
             self._books, payee, gross, replace(ask, agent=payer, outcome=outcome), now
@@ -427,13 +455,48 @@ class Contract:
 
 async def _read(call: Call, agent: str, request: web.Request) -> Asked:
     body = b"" if call in READS else await request.read()
-    return Asked(
+    asked = Asked(
         call=call,
         agent=agent,
         escrow_id=request.match_info.get("escrow_id"),
         key=wire.read_key(request.headers.get("Idempotency-Key")),
         fields=wire.read_object(body),
         query={**request.query, **request.match_info},
+    )
+    if call is Call.WALLET:
+        return replace(asked, payer=asked.query["agent"], payee=agent)
+    if call is Call.DEBIT:
+        # The payee is the asker, unless the asker is the payer and names one.
+        return replace(
+            asked,
+            payer=wire.read_agent(asked.fields, "agent_id"),
+            payee=wire.read_agent(asked.fields, "to_agent_id", agent),
+        )
+    return asked
+
+
+def _granted(operation: Operation, balance: int) -> dict[str, Any]:
+    """What was put into a wallet or taken out of it, and what it holds then."""
+    return {
+        "operation_id": f"op_{operation.seq}",
+        "agent_id": operation.agent,
+        "amount": format_amount(operation.gross),
+        "currency": "USDC",
+        "balance": format_amount(balance),
+        "memo": operation.memo,
+    }
+
+
+def _debited(operation: Operation, balance: int, level: int) -> Reply:
+    """The answer to a debit; `level` is what its payee has debited in all."""
+    return Reply(
+        200,
+        {
+            **_granted(operation, balance),
+            "to_agent_id": operation.payee,
+            "debited": format_amount(level),
+            "debit": wire.debit_answer(operation),
+        },
     )
 
 

@@ -36,7 +36,7 @@ class Controls:
     async def operations(self, request: web.Request) -> Reply:
         """The log, oldest first.
 
-        `escrow_id`, `kind`, `after` (a seq) and `limit` narrow it; `next` goes on.
+        `escrow_id`, `agent_id`, `kind`, `after` (a seq) and `limit` narrow it; `next` goes on.
         """
         query = request.query
         limit = wire.read_whole(query.get("limit"), "limit", OPERATIONS_DEFAULT, OPERATIONS_MAX)
@@ -47,6 +47,7 @@ class Controls:
             limit=limit,
             escrow_id=query.get("escrow_id"),
             kind=query.get("kind"),
+            agent_id=query.get("agent_id"),
         )
         return Reply(
             200,

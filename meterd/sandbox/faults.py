@@ -3,7 +3,8 @@
 The rule kept here: a fault is drawn before the request is decided, at most one of each phase for a
 request, so that the operations log can note what the asker got to see. A rule with a probability
 owns its seeded generator: the same seed and the same order of requests give the same faults. Faults
-live in memory; a restart of the service clears them.
+live in memory; a restart of the service clears them. A rule's `escrow_id` is the payer's agent id
+where the call is about a wallet.
 """
 
 from __future__ import annotations
@@ -362,7 +363,7 @@ _TOLD: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 _MONEY = frozenset(
     {
-        *("amount", "released_amount", "remaining", "refunded_amount", "fee", "balance"),
+        *("amount", "released_amount", "remaining", "refunded_amount", "fee", "balance", "debited"),
         *("net_released_amount", "gross_amount", "net_amount"),
     }
 )
@@ -375,19 +376,45 @@ def spoiled(kind: str, answer: Answer, told: Mapping[str, Any]) -> Answer:
 
     Kinds that do not touch its fields leave it as it is.
     """
-    if kind == "numbers_instead_of_strings":
-        return _with_amounts(answer, lambda micros: format_scaled(micros, 6))
-    if kind == "float_noise":
-        noise = 1 if told.get("direction", "up") == "up" else -2
-        return _with_amounts(answer, lambda micros: _noisy(micros, noise))
-    if kind == "extra_fields":
-        return {"api_version": "9", **answer, "data": {"escrow": {}}, "fees": [{"bps": 100}, None]}
-    if kind == "wrong_escrow_id":
-        return {**answer, "escrow_id": "esc_AAAAAAAAAAAAAAAAAAAAAAAA"}
-    if kind == "released_above_total" and "amount" in answer:
+    spoil = _SPOILS.get(kind)
+    return answer if spoil is None else spoil(answer, told)
+
+
+def _as_floats(answer: Answer, told: Mapping[str, Any]) -> Answer:
+    noise = 1 if told.get("direction", "up") == "up" else -2
+    return _with_amounts(answer, lambda micros: _noisy(micros, noise))
+
+
+def _with_more(answer: Answer, _: Mapping[str, Any]) -> Answer:
+    return {"api_version": "9", **answer, "data": {"escrow": {}}, "fees": [{"bps": 100}, None]}
+
+
+def _of_another(answer: Answer, _: Mapping[str, Any]) -> Answer:
+    """The answer as if it were about another escrow, or another agent's wallet."""
+    if "debited" in answer:
+        return {**answer, "agent_id": "agent_AAAAAAAAAAAAAAAAAAAAAA"}
+    return {**answer, "escrow_id": "esc_AAAAAAAAAAAAAAAAAAAAAAAA"}
+
+
+def _too_much(answer: Answer, _: Mapping[str, Any]) -> Answer:
+    """More paid than there was, or than was debited."""
+    if "debited" in answer:
+        return {**answer, "debited": format_amount(parse_amount(answer["debited"]) + 1_000_000)}
+    if "amount" in answer:
         above = format_amount(parse_amount(answer["amount"]) + 1_000_000)
         return {**answer, "released_amount": above, "remaining": "0.00"}
     return answer
+
+
+_SPOILS: Mapping[str, Callable[[Answer, Mapping[str, Any]], Answer]] = {
+    "numbers_instead_of_strings": lambda answer, _: _with_amounts(
+        answer, lambda micros: format_scaled(micros, 6)
+    ),
+    "float_noise": _as_floats,
+    "extra_fields": _with_more,
+    "wrong_escrow_id": _of_another,
+    "released_above_total": _too_much,
+}
 
 
 def _with_amounts(answer: Answer, write: Callable[[int], str]) -> Answer:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from meterd.core.money import MICROS
+from meterd.core.money import MICROS, format_amount
 from meterd.errors import InvariantBroken
 
 ESCROW_MIN = MICROS  # The contract: an escrow holds at least 1 USDC.
@@ -175,6 +175,22 @@ class Operation:
     memo: str | None
     key: str | None
     outcome: str
+    payee: str | None = None  # Of a debit alone.
+
+    @property
+    def place(self) -> str | None:
+        """Where its key counts: in its escrow, with its payee for a debit; a creation has none."""
+        return None if self.kind is Kind.CREATE else self.payee or self.escrow_id
+
+
+@dataclass(frozen=True, slots=True)
+class Wallet:
+    """A wallet as it stands. `debited`: by payee, what each debited from it in all; in micros."""
+
+    agent: str
+    balance: int
+    debited: Mapping[str, int]
+    seq: int  # The last operation of all when it stood like this.
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +203,7 @@ class Change:
     escrow: Escrow | None
     wallets: Mapping[str, int] = field(default_factory=dict)
     operation: Operation | None = None
+    debited: int = 0  # Of a debit: what its payee has debited from its payer in all.
 
 
 Decision = Change | Refusal
@@ -197,8 +214,11 @@ class Books:
     """All that the service knows: balances and remainders in micros. Changed by `apply` alone."""
 
     fee_bps: int
+    wallet_minimum: int = 0  # The smallest debit, in micros.
     escrows: dict[str, Escrow] = field(default_factory=dict)
     wallets: dict[str, int] = field(default_factory=dict)
+    # By payer, then payee. An inner one is replaced, never changed: states of the past keep it.
+    debited: dict[str, Mapping[str, int]] = field(default_factory=dict)
     faucet_taken: set[str] = field(default_factory=set)
     by_agent: dict[str, list[str]] = field(default_factory=dict)  # Escrow ids, oldest first.
     seq: int = 0
@@ -222,14 +242,27 @@ def debit(books: Books, payee: str, gross: int, ask: Ask, now_ms: int) -> Decisi
     payer = ask.agent
     if payer == payee:
         return Refusal(Code.SAME_AGENT, "an agent cannot pay itself")
+    if gross < books.wallet_minimum:
+        least = format_amount(books.wallet_minimum)
+        return Refusal(Code.AMOUNT_BELOW_MINIMUM, f"a debit is of at least {least} USDC")
     if gross > books.wallets.get(payer, 0):
         return Refusal(Code.INSUFFICIENT_FUNDS, "the wallet holds less than this amount")
     wallets = {
         payer: books.wallets[payer] - gross,
         payee: books.wallets.get(payee, 0) + gross,
     }
-    operation = _operation(books, ask, now_ms, kind=Kind.DEBIT, gross=gross)
-    return Change(None, wallets, operation)
+    operation = _operation(books, ask, now_ms, kind=Kind.DEBIT, gross=gross, payee=payee)
+    return Change(None, wallets, operation, debited(books, payer, payee) + gross)
+
+
+def debited(books: Books, payer: str, payee: str) -> int:
+    """What a payee has debited from a payer in all, in micros."""
+    return books.debited.get(payer, {}).get(payee, 0)
+
+
+def wallet(books: Books, agent: str) -> Wallet:
+    """The wallet of an agent whom the books know."""
+    return Wallet(agent, books.wallets[agent], books.debited.get(agent, {}), books.seq)
 
 
 def create(books: Books, terms: Terms, ask: Ask, now_ms: int) -> Decision:
@@ -382,6 +415,10 @@ def _apply_operation(books: Books, operation: Operation) -> None:
         books.supply += operation.gross
     if operation.kind is Kind.FAUCET:
         books.faucet_taken.add(operation.agent)
+    if operation.payee is not None:
+        payer, payee = operation.agent, operation.payee
+        level = debited(books, payer, payee) + operation.gross
+        books.debited[payer] = {**books.debited.get(payer, {}), payee: level}
 
 
 def _apply_escrow(books: Books, escrow: Escrow) -> None:
@@ -491,6 +528,7 @@ def _operation(
     gross: int,
     fee: int = 0,
     escrow_id: str | None = None,
+    payee: str | None = None,
 ) -> Operation:
     return Operation(
         seq=books.seq + 1,
@@ -503,6 +541,7 @@ def _operation(
         memo=ask.memo,
         key=ask.key,
         outcome=ask.outcome,
+        payee=payee,
     )
 
 

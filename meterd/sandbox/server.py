@@ -113,7 +113,7 @@ async def _life(settings: SandboxSettings, app: web.Application) -> AsyncIterato
     """From the opening of the file to its closing; a failure while opening leaves nothing open."""
     store = Store.open(settings.data_file, app[FAILED])
     try:
-        service = Service.load(store, settings.fee_bps)
+        service = Service.load(store, settings.fee_bps, settings.wallet_minimum)
         await service.open_wallets(frozenset(settings.keys.values()), settings.opening_balance)
         app[_CONTRACT] = Contract(settings, service)
         app[_CONTROLLED] = Controls(service, app[_CONTRACT])

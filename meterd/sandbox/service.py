@@ -31,12 +31,12 @@ from meterd.sandbox.ledger import (
     Escrow,
     Kind,
     Operation,
+    Wallet,
 )
 from meterd.sandbox.store import HISTORY_MAX, Saved, Store
-from meterd.sandbox.wire import release_answer
+from meterd.sandbox.views import Views
+from meterd.sandbox.wire import debit_answer, release_answer
 
-PAST_MAX = 16  # Older states kept of each escrow while nobody asked for stale readings.
-PAST_MAX_WANTED = 4096  # While somebody did.
 KEYS_KEPT = 100_000  # Used keys kept in memory; older ones are looked up in the file.
 CLOCK_OFFSET_MS_MAX = 50 * 366 * 86_400_000
 SERVICE = "service"  # The agent that stands in the log where the service itself acted.
@@ -46,21 +46,23 @@ class Service:
     """The escrow service without HTTP. All methods are called on one event loop."""
 
     def __init__(
-        self, store: Store, books: Books, histories: Mapping[str, list[Operation]]
+        self,
+        store: Store,
+        books: Books,
+        histories: Mapping[str | tuple[str, str], list[Operation]],
     ) -> None:
         self.store = store
         self.books = books
         self.faults = Faults()
         self._offset_ms = store.clock()
-        # Written once for the wire and then shown often: by escrow, (seq, the release).
-        self._histories: dict[str, deque[tuple[int, dict[str, Any]]]] = {
-            escrow_id: deque(((op.seq, release_answer(op)) for op in releases), HISTORY_MAX)
-            for escrow_id, releases in histories.items()
+        # Written once for the wire and then shown often: by escrow, or (payer, payee), and then
+        # (seq, the release or debit).
+        self._histories: dict[str | tuple[str, str], deque[tuple[int, dict[str, Any]]]] = {
+            place: deque(((op.seq, _line(op)) for op in newest), HISTORY_MAX)
+            for place, newest in histories.items()
         }
-        self._past: dict[
-            str, deque[tuple[int, Escrow]]
-        ] = {}  # (until when, the state), oldest first.
-        self._lags: dict[str, tuple[int, Escrow]] = {}  # (until when, the state that is shown).
+        self._escrow_views: Views[Escrow] = Views()
+        self._wallet_views: Views[Wallet] = Views()
         self._agenda: list[tuple[int, int, Act, str]] = []  # (due, tie-break, what, outcome).
         self._ties = count()
         # Keys booked since the start, oldest first: what lands late is decided without a look-up.
@@ -69,7 +71,7 @@ class Service:
             self._note_deadline(escrow)
 
     @classmethod
-    def load(cls, store: Store, fee_bps: int) -> Service:
+    def load(cls, store: Store, fee_bps: int, wallet_minimum: int = 0) -> Service:
         """Take over what the file holds.
 
         Raises `StoreCorrupt` when its sums contradict each other.
@@ -79,6 +81,7 @@ class Service:
         held += sum(escrow.remaining + escrow.fee for escrow in books.escrows.values())
         if held != books.supply:
             raise StoreCorrupt("the sandbox's file does not add up; name another file")
+        books.wallet_minimum = wallet_minimum
         return cls(store, books, histories)
 
     def now_ms(self) -> int:
@@ -121,37 +124,45 @@ class Service:
         """Let a request take effect later. It is on its way, not here: a restart loses it."""
         heapq.heappush(self._agenda, (self.now_ms() + delay_ms, next(self._ties), act, outcome))
 
-    def has_booked(self, agent: str, escrow_id: str | None, key: str | None) -> bool:
-        """Whether this key moved money lately; `escrow_id` None: by creating an escrow."""
-        return (agent, escrow_id, key) in self._keys
+    def has_booked(self, agent: str, place: str | None, key: str | None) -> bool:
+        """Whether this key moved money lately; `place` as of an operation."""
+        return (agent, place, key) in self._keys
 
-    def hide(self, before: Escrow, for_ms: int) -> None:
-        """Show this state of the escrow to readers for a while, whatever happens to it."""
-        self._lags[before.escrow_id] = (self.now_ms() + for_ms, before)
+    def hide(self, before: Escrow | Wallet, for_ms: int) -> None:
+        """Show this state to readers for a while, whatever happens to it."""
+        until_ms = self.now_ms() + for_ms
+        if isinstance(before, Escrow):
+            self._escrow_views.hide(before.escrow_id, before, until_ms)
+        else:
+            self._wallet_views.hide(before.agent, before, until_ms)
 
     def hide_nothing(self) -> None:
-        """Show every escrow as it stands again."""
-        self._lags.clear()
+        """Show everything as it stands again."""
+        self._escrow_views.hide_nothing()
+        self._wallet_views.hide_nothing()
 
     async def shown(self, escrow: Escrow, view: Rule | None, now_ms: int) -> Escrow:
         """The state of an escrow that a reading gets; the present one only once it is durable."""
         await self.store.saved(escrow.escrow_id)
-        escrow = self.books.escrows[escrow.escrow_id]
-        lag_until_ms, lagging = self._lags.get(escrow.escrow_id, (0, escrow))
-        if now_ms < lag_until_ms:
-            return lagging
-        past = self._past.get(escrow.escrow_id)
-        if view is None or not past:
-            return escrow
-        if view.kind == "backwards_read":
-            return past[-1][1]
-        wanted_ms = now_ms - view.ms("seconds")
-        return next((state for until_ms, state in past if until_ms > wanted_ms), escrow)
+        present = self.books.escrows[escrow.escrow_id]
+        return self._escrow_views.shown(escrow.escrow_id, present, view, now_ms)
+
+    async def shown_wallet(self, agent: str, view: Rule | None, now_ms: int) -> Wallet:
+        """The state of a wallet that a reading gets; the present one only once it is durable."""
+        await self.store.all_saved()
+        present = ledger.wallet(self.books, agent)
+        return self._wallet_views.shown(agent, present, view, now_ms)
 
     def history(self, escrow: Escrow) -> list[dict[str, Any]]:
         """The newest releases that this state of an escrow knows of, oldest first, as shown."""
-        newest = self._histories.get(escrow.escrow_id, ())
-        return [answer for seq, answer in newest if seq <= escrow.seq]
+        return self._newest(escrow.escrow_id, escrow.seq)
+
+    def debits(self, wallet: Wallet, payee: str) -> list[dict[str, Any]]:
+        """The newest debits of a payee that this state of a wallet knows of, as `history`."""
+        return self._newest((wallet.agent, payee), wallet.seq)
+
+    def _newest(self, place: str | tuple[str, str], seq_max: int) -> list[dict[str, Any]]:
+        return [line for seq, line in self._histories.get(place, ()) if seq <= seq_max]
 
     def act_by_other(self, rule: Rule, amount: int | None) -> Act:
         """What a fault of phase NOW does to its escrow, as if somebody else had."""
@@ -190,35 +201,47 @@ class Service:
         )
 
     def _book(self, change: Change, now_ms: int) -> Saved:
-        escrow = change.escrow
-        if escrow is not None:
-            self._keep_past(self.books.escrows.get(escrow.escrow_id), now_ms)
+        escrow, operation = change.escrow, change.operation
+        self._keep_past(change, now_ms)
         known = escrow is not None and escrow.escrow_id in self.books.escrows
         ledger.apply(self.books, change)
-        if escrow is not None and (not known or change.operation is None):
+        if escrow is not None and (not known or operation is None):
             self._note_deadline(escrow)  # A new escrow, or one that a resolved dispute lets go on.
-        operation = change.operation
         if operation is not None and operation.key is not None:
             self._keep_key(operation)
-        if operation is not None and operation.escrow_id and operation.kind in RELEASES:
-            history = self._histories.setdefault(operation.escrow_id, deque(maxlen=HISTORY_MAX))
-            history.append((operation.seq, release_answer(operation)))
+        if operation is not None:
+            self._keep_line(operation)
         return self.store.save(change)
 
+    def _keep_line(self, operation: Operation) -> None:
+        """Let a release or a debit be found in its history."""
+        place: str | tuple[str, str]
+        if operation.payee is not None:
+            place = (operation.agent, operation.payee)
+        elif operation.escrow_id is not None and operation.kind in RELEASES:
+            place = operation.escrow_id
+        else:
+            return
+        history = self._histories.setdefault(place, deque(maxlen=HISTORY_MAX))
+        history.append((operation.seq, _line(operation)))
+
     def _keep_key(self, operation: Operation) -> None:
-        escrow_id = None if operation.kind is Kind.CREATE else operation.escrow_id
-        self._keys[operation.agent, escrow_id, operation.key] = None
+        self._keys[operation.agent, operation.place, operation.key] = None
         if len(self._keys) > KEYS_KEPT:
             del self._keys[next(iter(self._keys))]
 
-    def _keep_past(self, before: Escrow | None, now_ms: int) -> None:
-        if before is None:
-            return
-        past = self._past.setdefault(before.escrow_id, deque())
-        past.append((now_ms, before))
-        most = PAST_MAX_WANTED if self.faults.wants_history else PAST_MAX
-        while len(past) > most:
-            past.popleft()
+    def _keep_past(self, change: Change, now_ms: int) -> None:
+        """Keep what the change ends: the escrow's state, and those of wallets that are debited."""
+        wanted = self.faults.wants_history
+        escrow, operation = change.escrow, change.operation
+        before = None if escrow is None else self.books.escrows.get(escrow.escrow_id)
+        if before is not None:
+            self._escrow_views.keep(before.escrow_id, before, now_ms, wanted=wanted)
+        debited = operation.agent if operation is not None and operation.payee else None
+        for agent in change.wallets:
+            if agent in self.books.wallets and (agent == debited or agent in self.books.debited):
+                wallet = ledger.wallet(self.books, agent)
+                self._wallet_views.keep(agent, wallet, now_ms, wanted=wanted)
 
     def _note_deadline(self, escrow: Escrow) -> None:
         if escrow.deadline_ms is None or escrow.status in ledger.FINAL:
@@ -234,6 +257,11 @@ class Service:
                 "by_deadline",
             ),
         )
+
+
+def _line(operation: Operation) -> dict[str, Any]:
+    """One line of a history."""
+    return release_answer(operation) if operation.payee is None else debit_answer(operation)
 
 
 def new_escrow_id() -> str:

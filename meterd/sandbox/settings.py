@@ -10,13 +10,14 @@ from typing import Literal
 
 from meterd.core.money import MICROS
 from meterd.errors import ConfigurationError, Mistake
-from meterd.sandbox.ledger import BPS, Deadline
+from meterd.sandbox.ledger import AMOUNT_MAX, BPS, Deadline
 
 DEVELOPMENT_KEYS: Mapping[str, str] = {
     "pf_live_sandbox_provider": "agent_provider",
     "pf_live_sandbox_payer": "agent_payer",
 }
 OPENING_BALANCE = 10_000 * MICROS
+WALLET_MINIMUM = MICROS // 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,10 @@ class SandboxSettings:
     keys                   API key -> the agent whom it belongs to.
     deadline               who gets the remainder at a deadline, unless the escrow says otherwise.
     fee_bps                the payee's fee in hundredths of a percent.
-    rate_limit_per_minute  releases for each escrow, and creations for each agent; None: no limit.
+    rate_limit_per_minute  releases for each escrow, debits for each payer, creations for each
+                           agent; None: no limit.
     honour_idempotency     a POST that repeats an Idempotency-Key moves nothing, and is answered.
+    wallet_minimum         micros; a debit of less is refused.
     opening_balance        micros that each agent of `keys` gets when the file does not know it.
     """
 
@@ -41,6 +44,7 @@ class SandboxSettings:
     rate_limit_per_minute: int | None = None
     honour_idempotency: bool = False
     opening_balance: int = OPENING_BALANCE
+    wallet_minimum: int = WALLET_MINIMUM
 
 
 def check(settings: SandboxSettings) -> tuple[str, int]:
@@ -64,6 +68,8 @@ def check(settings: SandboxSettings) -> tuple[str, int]:
         mistakes.append(Mistake("sandbox.fee_bps", f"is a whole number from 0 to {BPS}"))
     if settings.rate_limit_per_minute is not None and settings.rate_limit_per_minute < 1:
         mistakes.append(Mistake("sandbox.rate_limit_per_minute", "is at least 1, or left out"))
+    if not 0 <= settings.wallet_minimum <= AMOUNT_MAX:
+        mistakes.append(Mistake("sandbox.wallet_minimum", 'is an amount, such as "0.01"'))
     if mistakes:
         raise ConfigurationError(mistakes)
     return host, int(port)

@@ -32,10 +32,13 @@ from meterd.sandbox.ledger import (
 
 Saved = asyncio.Future[None]
 T = TypeVar("T")
+Histories = dict[str | tuple[str, str], list[Operation]]
+"""By escrow id, and by (payer, payee)."""
 
-VERSION = 1
-HISTORY_MAX = 20  # Releases shown with an escrow; more would pass the 64 KiB that clients read.
+VERSION = 2
+HISTORY_MAX = 20  # Releases of an escrow, debits of a wallet: clients read no more than 64 KiB.
 
+_DEBITS = "CREATE INDEX debits ON operations (agent_id, payee, seq) WHERE payee IS NOT NULL;"
 _SCHEMA = f"""
 CREATE TABLE settings (
     name TEXT PRIMARY KEY, value INTEGER NOT NULL
@@ -71,11 +74,19 @@ CREATE TABLE operations (
     fee INTEGER NOT NULL CHECK (fee >= 0),
     memo TEXT,
     idempotency_key TEXT,
-    outcome TEXT NOT NULL
+    outcome TEXT NOT NULL,
+    payee TEXT
 ) STRICT;
 CREATE INDEX operations_of_escrow ON operations (escrow_id, seq);
 CREATE INDEX operations_by_key ON operations (idempotency_key) WHERE idempotency_key IS NOT NULL;
+{_DEBITS}
 PRAGMA user_version = {VERSION};
+"""
+# Of debits made before, nobody knows the payee any more: they count for none.
+_FROM_1 = f"""
+ALTER TABLE operations ADD COLUMN payee TEXT;
+{_DEBITS}
+PRAGMA user_version = 2;
 """
 
 _PRAGMAS: Sequence[tuple[str, object]] = (
@@ -91,7 +102,7 @@ ON CONFLICT (number) DO UPDATE SET status = excluded.status, released = excluded
     refunded = excluded.refunded, fee = excluded.fee, releases = excluded.releases,
     seq = excluded.seq
 """
-_PUT_OPERATION = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_OPERATION = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_WALLET = "INSERT OR REPLACE INTO wallets (agent_id, balance) VALUES (?, ?)"
 
 
@@ -126,10 +137,11 @@ class Store:
         except OSError as error:
             raise StoreFailed(f"cannot open {data_file}: {error.strerror}") from error
 
-    def load(self, fee_bps: int) -> tuple[Books, dict[str, list[Operation]]]:
+    def load(self, fee_bps: int) -> tuple[Books, Histories]:
         """Read everything.
 
-        The books, and of each escrow its newest releases, oldest first. Blocks; for the start.
+        The books, and of each escrow its newest releases and of each payer and payee the newest
+        debits, oldest first. Blocks; for the start.
         """
         try:
             return _books(self._connection, fee_bps), _histories(self._connection)
@@ -182,10 +194,16 @@ class Store:
         return int(row[0]) if row else 0
 
     async def operations(
-        self, *, after: int, limit: int, escrow_id: str | None = None, kind: str | None = None
+        self,
+        *,
+        after: int,
+        limit: int,
+        escrow_id: str | None = None,
+        kind: str | None = None,
+        agent_id: str | None = None,
     ) -> list[Operation]:
         """At most `limit` durable operations with a seq above `after`, oldest first."""
-        wanted = {"escrow_id": escrow_id, "kind": kind}
+        wanted = {"escrow_id": escrow_id, "kind": kind, "agent_id": agent_id}
         named = {name: value for name, value in wanted.items() if value is not None}
         where = "".join(f" AND {name} = :{name}" for name in named)
         sql = (
@@ -198,19 +216,20 @@ class Store:
         return [_operation(row) for row in rows]
 
     async def operation_by_key(
-        self, key: str, agent: str, escrow_id: str | None
+        self, key: str, agent: str, escrow_id: str | None, payee: str | None = None
     ) -> Operation | None:
-        """The first durable operation that this agent asked for under this idempotency key.
+        """The first durable operation under this idempotency key that this agent asked for.
 
-        None: there is none.
+        For a debit: that took from this agent's wallet for `payee`. None: there is none.
         """
         sql = (
             "SELECT * FROM operations"
             " WHERE idempotency_key = ? AND agent_id = ? AND (?3 IS NULL OR escrow_id = ?3)"
+            " AND payee IS ?4"
             " ORDER BY seq LIMIT 1"
         )
         row = await self._ask(
-            lambda connection: connection.execute(sql, (key, agent, escrow_id)).fetchone()
+            lambda connection: connection.execute(sql, (key, agent, escrow_id, payee)).fetchone()
         )
         return None if row is None else _operation(row)
 
@@ -300,6 +319,9 @@ def _create_tables(connection: sqlite3.Connection, data_file: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == VERSION:
         return
+    if version == 1:
+        connection.executescript(f"BEGIN IMMEDIATE;\n{_FROM_1}\nCOMMIT;")
+        return
     if version != 0:
         raise StoreCorrupt(f"{data_file} was written by another version of the sandbox")
     connection.executescript(f"BEGIN IMMEDIATE;\n{_SCHEMA}\nCOMMIT;")
@@ -345,7 +367,7 @@ def _escrow_row(e: Escrow) -> tuple[Any, ...]:
 def _operation_row(o: Operation) -> tuple[Any, ...]:
     return (
         *(o.seq, o.time_ms, o.kind, o.escrow_id, o.agent, o.gross, o.fee, o.memo, o.key),
-        o.outcome,
+        *(o.outcome, o.payee),
     )
 
 
@@ -377,12 +399,19 @@ def _books(connection: sqlite3.Connection, fee_bps: int) -> Books:
         books.supply += gross if Kind(kind) in GRANTS else 0
     taken = connection.execute("SELECT agent_id FROM operations WHERE kind = ?", (Kind.FAUCET,))
     books.faucet_taken.update(agent for (agent,) in taken)
+    for payer, payee, gross in connection.execute(_DEBITED):
+        books.debited[payer] = {**books.debited.get(payer, {}), payee: gross}
     return books
 
 
-def _histories(connection: sqlite3.Connection) -> dict[str, list[Operation]]:
+_DEBITED = (
+    "SELECT agent_id, payee, sum(gross) FROM operations WHERE payee IS NOT NULL GROUP BY 1, 2"
+)
+
+
+def _histories(connection: sqlite3.Connection) -> Histories:
     kinds = ", ".join(f"'{kind}'" for kind in sorted(RELEASES))
-    histories: dict[str, list[Operation]] = {}
+    histories: Histories = {}
     newest = (
         f"SELECT * FROM operations"  # noqa: S608 - Names of our own.
         f" WHERE escrow_id = ? AND kind IN ({kinds}) ORDER BY seq DESC LIMIT ?"
@@ -390,6 +419,10 @@ def _histories(connection: sqlite3.Connection) -> dict[str, list[Operation]]:
     for (escrow_id,) in connection.execute("SELECT escrow_id FROM escrows WHERE releases > 0"):
         rows = connection.execute(newest, (escrow_id, HISTORY_MAX)).fetchall()
         histories[escrow_id] = [_operation(row) for row in reversed(rows)]
+    newest = "SELECT * FROM operations WHERE agent_id = ? AND payee = ? ORDER BY seq DESC LIMIT ?"
+    for payer, payee, _ in connection.execute(_DEBITED).fetchall():
+        rows = connection.execute(newest, (payer, payee, HISTORY_MAX)).fetchall()
+        histories[payer, payee] = [_operation(row) for row in reversed(rows)]
     return histories
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from meterd.core.money import AMOUNT_DECIMALS, BadNumber, format_amount, parse_amount
-from meterd.sandbox.ledger import AMOUNT_MAX, Deadline, Escrow, Operation
+from meterd.sandbox.ledger import AMOUNT_MAX, Deadline, Escrow, Operation, Wallet
 
 BODY_BYTES_MAX = 64 * 1024
 MEMO_CHARS_MAX = 280
@@ -184,6 +184,28 @@ def release_answer(operation: Operation) -> dict[str, Any]:
     }
 
 
+def wallet_answer(wallet: Wallet, payee: str) -> dict[str, Any]:
+    """A wallet as one payee sees it, without the history of its debits."""
+    return {
+        "agent_id": wallet.agent,
+        "to_agent_id": payee,
+        "balance": format_amount(wallet.balance),
+        "debited": format_amount(wallet.debited.get(payee, 0)),
+        "currency": "USDC",
+    }
+
+
+def debit_answer(operation: Operation) -> dict[str, Any]:
+    """One debit as the wire shows it."""
+    return {
+        "debit_id": f"deb_{operation.seq}",
+        "gross_amount": format_amount(operation.gross),
+        "memo": operation.memo,
+        "idempotency_key": operation.key,
+        "created_at": iso_time(operation.time_ms),
+    }
+
+
 def operation_answer(operation: Operation) -> dict[str, Any]:
     """One line of the operations log."""
     return {
@@ -192,6 +214,7 @@ def operation_answer(operation: Operation) -> dict[str, Any]:
         "kind": operation.kind,
         "escrow_id": operation.escrow_id,
         "agent_id": operation.agent,
+        "to_agent_id": operation.payee,
         "amount": format_amount(operation.gross),
         "fee": format_amount(operation.fee),
         "memo": operation.memo,
