@@ -63,6 +63,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "logs": "",
         "core": "",  # See CORE_ORDER.
         "config": "core errors",
+        # What the configuration says, as facts of the core.
+        "parts": "config core",
         # Edges never know each other.
         "sources": "core config errors logs",
         "store": "core config errors logs",
@@ -79,19 +81,22 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
         # `check --live` asks the escrow service as the daemon would.
-        "cli": "app audit config core demo errors escrow.client meterd sandbox",
+        "cli": "app audit config core demo errors escrow.client meterd parts sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.
         "sandbox": "core.money errors logs",
-        # Runs inside other people's programs.
-        "sdk": "meterd",
+        # Runs inside other people's programs, and reads an answer as the daemon does.
+        "sdk": "core.money core.settlement escrow.documents escrow.outcomes meterd",
         "app": "*",
     }.items()
 }
 
 # Where money and quantities are, `float(...)` needs a reason.
-EXACT_ROOMS = ("core", "escrow", "sandbox", "settler", "bookkeeper", "intake", "store", "audit")
+EXACT_ROOMS = (
+    *("core", "escrow", "sandbox", "settler", "bookkeeper", "intake", "store", "audit"),
+    "sdk",
+)
 FLOATS_ALLOWED = {
     "meterd/sandbox/faults.py": "probabilities and seconds of faults",
     "meterd/escrow/outcomes.py": "seconds of Retry-After",
@@ -293,6 +298,7 @@ def test_core_is_pure() -> None:
         ("new_room", "from meterd.core import money"),
         ("audit.checks", "from meterd.core.pricing import RateCard"),
         ("audit.records", "from meterd.store import schema"),
+        ("sdk.blocking", "from meterd.escrow.client import EscrowClient"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(name: str, text: str) -> None:
