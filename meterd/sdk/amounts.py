@@ -75,7 +75,8 @@ def _from_text(amount: str) -> int:
     try:
         return parse_amount(amount)
     except BadNumber as error:
-        raise BadAmount(f"the amount is {error}: {HOW}") from error
+        verb = "has" if str(error).startswith("more") else "is"
+        raise BadAmount(f"the amount {verb} {error}: {HOW}") from error
 
 
 def _from_decimal(amount: Decimal) -> int:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,7 @@ from meterd.sdk import (
     Unavailable,
     new_key,
 )
+from tests.documents import ROOT, Block, blocks
 from tests.processes import PAYER_KEY, PROVIDER_KEY, Sandbox, call, free_port
 
 D = Decimal
@@ -508,3 +512,27 @@ async def test_awaited_releases_run_side_by_side(sandbox: Sandbox) -> None:
                 tasks.create_task(client.release_partial(escrow.id, "0.01"))
 
         assert (await client.status(escrow.id)).released == D("0.20")
+
+
+# -- The document ----------------------------------------------------------------------------------
+
+DOCUMENT = ROOT / "docs" / "sdk.md"
+
+
+@pytest.mark.parametrize("block", blocks(DOCUMENT), ids=lambda block: f"line-{block.line}")
+def test_examples_of_the_document_print_what_it_says(
+    sandbox: Sandbox, tmp_path: Path, block: Block
+) -> None:
+    """Each is a whole program, which prints what stands behind `# ->`, in order."""
+    call("DELETE", f"{sandbox.base}/_faults")
+    program = tmp_path / "example.py"
+    program.write_text(block.text.replace("http://127.0.0.1:8788", sandbox.base))
+
+    ran = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    printed = iter(ran.stdout.splitlines())
+    missing = [text for text in block.expected if not any(text in line for line in printed)]
+    assert missing == []

@@ -75,7 +75,7 @@ BAD: tuple[tuple[Any, str], ...] = (
     (Decimal("1E+15"), "below"),
     (Decimal("0.0000001"), "more than 6 decimals"),
     (Decimal("1.0000001"), "more than 6 decimals"),
-    (Decimal.from_float(0.1), "more than 6 decimals"),
+    (Decimal(1) / Decimal(3), "more than 6 decimals"),
     (Decimal("1." + "0" * 100), "more than 6 decimals"),
 )
 
