@@ -26,12 +26,9 @@ from meterd import __version__, api, config, logs
 from meterd.bookkeeper import Bookkeeper
 from meterd.config.settings import MqttSourceSettings, RedisSourceSettings, Settings
 from meterd.core.events import EventDecoder
-from meterd.core.ledger import Agreement, Conflict, Ledger
-from meterd.core.meters import Aggregation, Meter
+from meterd.core.ledger import Conflict, Ledger
 from meterd.core.money import MICROS, format_amount, format_exact
-from meterd.core.plans import Pattern, Plan, Settle
-from meterd.core.pricing import Rate, RateCard
-from meterd.core.settlement import Rules
+from meterd.core.plans import Plan
 from meterd.errors import (
     ConfigurationError,
     InvariantBroken,
@@ -42,9 +39,12 @@ from meterd.errors import (
     StoreFailed,
 )
 from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths
+from meterd.escrow.service import PaymentService
+from meterd.escrow.wallet import WalletApi, WalletClient, WalletPaths
 from meterd.intake import Intake
 from meterd.logs import get_logger
 from meterd.metrics import Metrics, Reads
+from meterd.parts import agreements_of, meters_of, plans_of, rules_of
 from meterd.settler import Pace, Settler
 from meterd.sources import Source
 from meterd.store.sqlite import SqliteStore
@@ -77,59 +77,6 @@ class SystemClock:
 # ----------------------------------------------------------------------------------------
 
 
-def meters_of(settings: Settings) -> dict[str, Meter]:
-    """Make the meters of the configuration."""
-    return {
-        name: Meter(name, Aggregation(meter.aggregation), meter.unit)
-        for name, meter in settings.meters.items()
-    }
-
-
-def plans_of(settings: Settings) -> dict[str, Plan]:
-    """Make the plans of the configuration."""
-    plans = {}
-    for name, plan in settings.plans.items():
-        rates = tuple(
-            Rate(rate.meter, rate.price_picos, rate.per, tuple(sorted(rate.where.items())))
-            for rate in plan.rates
-        )
-        settle = Settle(
-            amount=plan.settle.amount_micros,
-            units=plan.settle.units_nanos,
-            interval=None if plan.settle.interval is None else plan.settle.interval.ms,
-            escrow_percent=plan.settle.escrow_percent,
-            before_deadline=plan.settle.before_deadline.ms,
-            min_release=plan.settle.min_release_micros,
-        )
-        plans[name] = Plan(name, Pattern(plan.pattern), RateCard(rates), settle)
-    return plans
-
-
-def agreements_of(settings: Settings) -> list[Agreement]:
-    """Make the agreements of the configuration."""
-    return [
-        Agreement(entry.id, entry.plan, entry.payer, (("main", entry.escrows.main),), "config")
-        for entry in settings.agreements
-    ]
-
-
-def rules_of(settings: Settings) -> Rules:
-    """Make the rules of the state table."""
-    escrow = settings.escrow
-    return Rules(
-        quarantine=escrow.in_doubt_quarantine.ms / 1000,
-        observe_gap=escrow.observe_gap.ms / 1000,
-        min_interval=escrow.min_interval.ms / 1000,
-        voids_per_day=escrow.voids_per_day,
-        release_max=escrow.release_max_micros,
-        quantum=escrow.quantum_micros,
-        strict=escrow.strict,
-        honoured=escrow.idempotency == "honoured",
-        credit_foreign=escrow.on_foreign_release == "credit",
-        provider=escrow.agent_id or None,
-    )
-
-
 def pace_of(settings: Settings) -> Pace:
     """Make the settler's pace."""
     escrow = settings.escrow
@@ -150,10 +97,27 @@ def escrow_api_of(settings: Settings) -> EscrowApi:
             status=escrow.paths.status,
             list=escrow.paths.list,
             release_partial=escrow.paths.release_partial,
+            create=escrow.paths.create,
+            release=escrow.paths.release,
+            refund=escrow.paths.refund,
         ),
         idempotency_header=escrow.idempotency_header,
         request_timeout_s=escrow.request_timeout.seconds,
         connections_max=escrow.concurrency * 2,
+    )
+
+
+def wallet_api_of(settings: Settings) -> WalletApi:
+    """Make the address of the wallets' service: the escrow service, unless it says otherwise."""
+    escrow, wallet = settings.escrow, settings.wallet
+    return WalletApi(
+        base_url=wallet.base_url or escrow.base_url,
+        api_key=(wallet.api_key or escrow.api_key).reveal(),
+        paths=WalletPaths(debit=wallet.paths.debit, status=wallet.paths.status),
+        idempotency_header=escrow.idempotency_header,
+        request_timeout_s=escrow.request_timeout.seconds,
+        connections_max=escrow.concurrency * 2,
+        minimum_micros=wallet.minimum_micros,
     )
 
 
@@ -272,11 +236,13 @@ async def _serve(settings: Settings, config_path: Path | None) -> int:
     store.on_commit, store.on_writable = metrics.on_commit, metrics.on_writable
     try:
         bookkeeper = await _open_books(settings, store, metrics, clock)
-        escrow = EscrowClient(
-            escrow_api_of(settings), mono=clock.mono, wall=clock.wall, observe=metrics.observe
-        )
-        async with escrow:
-            daemon = Daemon(settings, config_path, bookkeeper, escrow, sources, metrics, store)
+        mono, wall, observe = clock.mono, clock.wall, metrics.observe
+        async with (
+            EscrowClient(escrow_api_of(settings), mono=mono, wall=wall, observe=observe) as escrow,
+            WalletClient(wallet_api_of(settings), mono=mono, wall=wall, observe=observe) as wallet,
+        ):
+            service = PaymentService(escrow, wallet)
+            daemon = Daemon(settings, config_path, bookkeeper, service, sources, metrics, store)
             gc.collect()
             gc.freeze()  # What lives as long as the process need not be looked at again.
             log.info(
@@ -369,7 +335,7 @@ class Daemon:
         settings: Settings,
         config_path: Path | None,
         bookkeeper: Bookkeeper,
-        escrow: EscrowClient,
+        service: PaymentService,
         sources: Sequence[Source],
         metrics: Metrics,
         store: SqliteStore,
@@ -380,7 +346,7 @@ class Daemon:
         self._store = store
         self._metrics = metrics
         self._intake = Intake(bookkeeper, sources, pending_max=settings.http.pending_max)
-        self._settler = Settler(bookkeeper, escrow, pace_of(settings))
+        self._settler = Settler(bookkeeper, service, pace_of(settings))
         self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()

@@ -1,8 +1,9 @@
 """The configuration: TOML, environment and secret files in, frozen settings or mistakes out.
 
 The rule: nothing else in meterd reads a file of settings or the environment. `values` reads what
-stands behind a `=`, `settings` holds every key with its default, `shape` looks at those models,
-`environment` overrides, `checks` compares tables, `reading` is the way through all of them.
+stands behind a `=`, `settings` and `plans` hold every key with its default, `shape` looks at those
+models, `environment` overrides, `patterns` compares the keys of a plan, `checks` compares tables,
+`reading` is the way through all of them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from meterd.config.plans import PlanSettings, RateSettings, SettleSettings
 from meterd.config.reading import find, load, parse
 from meterd.config.settings import (
     AgreementSettings,
     DaemonSettings,
     DedupeSettings,
+    DiscoverSettings,
     EscrowPaths,
     EscrowSettings,
     HttpSettings,
@@ -22,14 +25,12 @@ from meterd.config.settings import (
     MeterSettings,
     MetricsSettings,
     MqttSourceSettings,
-    PlanSettings,
-    RateSettings,
     RedisSourceSettings,
     Settings,
-    SettleSettings,
     SourceSettings,
     StoreSettings,
     TokenSettings,
+    WalletSettings,
 )
 from meterd.config.values import Address, Duration, Secret
 
@@ -38,6 +39,7 @@ __all__ = [
     "AgreementSettings",
     "DaemonSettings",
     "DedupeSettings",
+    "DiscoverSettings",
     "Duration",
     "EscrowPaths",
     "EscrowSettings",
@@ -55,6 +57,7 @@ __all__ = [
     "SourceSettings",
     "StoreSettings",
     "TokenSettings",
+    "WalletSettings",
     "example",
     "find",
     "load",

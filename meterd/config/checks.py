@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from meterd.config.patterns import mistakes_in, period_mistakes, rates_of, release_mistakes
+from meterd.config.plans import PlanSettings, RateSettings, SettleSettings
 from meterd.config.settings import (
     AgreementSettings,
+    DiscoverSettings,
     EscrowSettings,
     HttpSettings,
+    MeterSettings,
     MqttSourceSettings,
-    PlanSettings,
-    RateSettings,
     RedisSourceSettings,
-    SettleSettings,
-    nearest,
+    WalletSettings,
 )
+from meterd.config.table import Found, Place, nearest
 from meterd.core import money
 from meterd.errors import Mistake
 
-Place = tuple[str | int, ...]
 Source = RedisSourceSettings | MqttSourceSettings
 
 
@@ -48,20 +49,50 @@ NEVER_MATCHES = (
     "never matches, since rates[{first}] of the same meter takes every event that it would;"
     " put the one with more in `where` first, or remove one"
 )
-STREAM_WITHOUT_THRESHOLD = (
-    "a streaming plan is paid in batches; write at least one of units, interval and amount,"
-    ' such as settle = { units = 100, interval = "60s" }'
-)
-PLAN_WITHOUT_THRESHOLD = (
-    "has no threshold, so nothing would be paid before the deadline; write at least one of"
-    ' amount, units, interval and escrow_percent, such as settle = { amount = "0.50" }'
-)
 MIN_ABOVE_MAX = (
     "is above escrow.release_max ({release_max}), so nothing could be released;"
     " lower it, or raise escrow.release_max"
 )
 SAME_ESCROW = (
-    'agreements[{first}] draws on "{escrow}" too; an escrow has one agreement, so write another'
+    'agreements[{first}] draws on "{escrow}" too; what is drawn on has one agreement and one role,'
+    " so write another"
+)
+OWN_METER = "is a name of meterd's own; write one that does not begin with meterd."
+OWN_RATE = "is counted and priced by meterd itself; remove the rate, or name a meter of [meters]"
+OWN_TYPE = "is a type of meterd's own, which feeds no meter; write the type of your events"
+NEVER_FED = (
+    'is "", so no event feeds the meter by {keys}; write event_type = "completion", or remove'
+    " {keys}"
+)
+DYNAMIC_SUM = (
+    'sums what each event costs, which is nothing for a meter with aggregation = "{aggregation}";'
+    " write another model"
+)
+OTHER_ROLES = 'plan "{plan}" draws on {roles}; write escrows = {{ {example} }}'
+WITHOUT_AGENT = (
+    "is required by [[discover]], which asks for the escrows of this agent; write the provider's id"
+)
+ROLES_NOT_DISCOVERED = (
+    'a found escrow is bound as main, but plan "{plan}" draws on {roles}; name another plan, or'
+    " bind its agreements in [[agreements]]"
+)
+SAME_MEMO = "discover[{first}] takes every escrow with this memo; write another memo"
+NOT_CARRIED = (
+    'events of type "{event_type}" carry no {dimension}; name it in meters.{meter}.dimensions, such'
+    ' as dimensions = {{ {dimension} = "$.{dimension}" }}'
+)
+NEVER_PRICED = "no plan has a rate for it, so events that name it are rejected"
+PAID_IN_PIECES = (
+    "is above escrow.release_max ({release_max}), so it is paid in several releases, as far apart"
+    " as escrow.min_interval"
+)
+NOT_LOCKED = (
+    "{amount} is below 1.00, the least that the usual escrow service locks; meterd open may be"
+    " refused"
+)
+AUTO_UNKNOWN = (
+    '"auto" leaves the fee to the service, and escrow.on_deadline = "unknown"; write "provider"'
+    " there if the service pays the provider"
 )
 SAME_ID = 'agreements[{first}] has the id "{id}" too; write another id'
 ID_IS_ESCROW = '"{id}" is the escrow of agreements[{owner}]; write another id'
@@ -79,9 +110,12 @@ class Good:
     plan_names: frozenset[str]
     http: HttpSettings | None = None
     escrow: EscrowSettings | None = None
+    wallet: WalletSettings | None = None
+    meters: Mapping[str, MeterSettings] = field(default_factory=dict)
     sources: Mapping[int, Source] = field(default_factory=dict)
     plans: Mapping[str, PlanSettings] = field(default_factory=dict)
     agreements: Mapping[int, AgreementSettings] = field(default_factory=dict)
+    discover: Mapping[int, DiscoverSettings] = field(default_factory=dict)
 
 
 def key_of(place: Place) -> str:
@@ -118,6 +152,55 @@ def notes_on(good: Good) -> Iterator[Mistake]:
     for name, plan in good.plans.items():
         if good.escrow is not None:
             yield from _deadline_note(name, plan.settle, good.escrow)
+            for place, sentence in _plan_notes(plan, good.escrow):
+                yield Mistake(key_of(("plans", name, *place)), sentence)
+    for place, _, rate in _rates(good):
+        yield from _dimension_notes(place, rate, good.meters.get(rate.meter))
+    if good.plans:
+        for name in sorted(good.meter_names - _priced(good)):
+            yield Mistake(key_of(("meters", name)), NEVER_PRICED)
+
+
+def _plan_notes(plan: PlanSettings, escrow: EscrowSettings) -> Found:
+    release_max = escrow.release_max_micros
+    in_pieces = PAID_IN_PIECES.format(release_max=money.format_amount(release_max))
+    if plan.fee_max > release_max:
+        yield ("fee",), in_pieces
+    for index, tranche in enumerate(plan.tranches):
+        if tranche.amount_micros > release_max:
+            yield ("tranches", index, "amount"), in_pieces
+    if plan.steps and (plan.deposit_micros or 0) > release_max:
+        yield ("deposit",), in_pieces
+    if plan.at_period_end == "auto" and escrow.on_deadline == "unknown":
+        yield ("at_period_end",), AUTO_UNKNOWN
+    for role, amount in plan.deposits:
+        if amount < LOCKED_MIN:
+            key = "fee" if role == "base" or not plan.wrote("deposit") else "deposit"
+            key = "tranches" if plan.tranches and key == "fee" else key
+            yield (key,), NOT_LOCKED.format(amount=money.format_amount(amount))
+
+
+def _dimension_notes(
+    place: Place, rate: RateSettings, meter: MeterSettings | None
+) -> Iterator[Mistake]:
+    """What a rate asks for must come out of the events, where the meter says what comes out."""
+    if meter is None or not meter.event_type:
+        return
+    for dimension in rate.where:
+        if dimension not in meter.dimensions:
+            sentence = NOT_CARRIED.format(
+                event_type=meter.event_type, dimension=dimension, meter=rate.meter
+            )
+            yield Mistake(key_of((*place, "where", dimension)), sentence)
+
+
+LOCKED_MIN = money.MICROS  # What the service's documents say.
+
+
+def _priced(good: Good) -> set[str]:
+    """The meters that a rate or a quota names."""
+    quotas = {plan.quota.meter for plan in good.plans.values() if plan.quota is not None}
+    return quotas | {rate.meter for _, _, rate in _rates(good)}
 
 
 def _deadline_note(name: str, settle: SettleSettings, escrow: EscrowSettings) -> Iterator[Mistake]:
@@ -126,9 +209,6 @@ def _deadline_note(name: str, settle: SettleSettings, escrow: EscrowSettings) ->
     if asked != usual and asked.ms < 2 * escrow.in_doubt_quarantine.ms:
         sentence = TOO_CLOSE_TO_DEADLINE.format(asked=asked, quarantine=escrow.in_doubt_quarantine)
         yield Mistake(key_of(("plans", name, "settle", "before_deadline")), sentence)
-
-
-Found = Iterator[tuple[Place, str]]
 
 
 def _listen_is_guarded(good: Good) -> Found:
@@ -178,10 +258,35 @@ def _sessions_differ(good: Good) -> Found:
             )
 
 
+def _meters_are_fed(good: Good) -> Found:
+    """What a meter reads out of events, it reads out of those of its type alone."""
+    for name, meter in good.meters.items():
+        place: Place = ("meters", name)
+        if name.startswith(OWN_PREFIX):
+            yield place, OWN_METER
+        if meter.event_type.startswith(OWN_PREFIX):
+            yield (*place, "event_type"), OWN_TYPE
+        keys = [key for key in ("value", "dimensions") if getattr(meter, key)]
+        if keys and not meter.event_type:
+            yield (*place, "event_type"), NEVER_FED.format(keys=" and ".join(keys))
+
+
+OWN_PREFIX = "meterd."  # Of what meterd counts itself: periods, milestones, scores.
+
+
 def _rates_have_meters(good: Good) -> Found:
     for place, _, rate in _rates(good):
-        if rate.meter not in good.meter_names:
+        meter = good.meters.get(rate.meter)
+        if rate.meter.startswith(OWN_PREFIX):
+            yield (*place, "meter"), OWN_RATE
+        elif rate.meter not in good.meter_names:
             yield (*place, "meter"), _missing("meter", rate.meter, good.meter_names)
+        elif rate.model == "dynamic" and meter is not None and not meter.adds_up:
+            yield (*place, "model"), DYNAMIC_SUM.format(aggregation=meter.aggregation)
+    for name, plan in good.plans.items():
+        if plan.quota is not None and plan.quota.meter not in good.meter_names:
+            sentence = _missing("meter", plan.quota.meter, good.meter_names)
+            yield ("plans", name, "quota", "meter"), sentence
 
 
 def _rates_can_match(good: Good) -> Found:
@@ -196,23 +301,22 @@ def _rates_can_match(good: Good) -> Found:
 def _rates(
     good: Good,
 ) -> Iterator[tuple[Place, Sequence[RateSettings], RateSettings]]:
-    """Yield each rate with its place and those that come before it in its plan."""
+    """Yield each rate with its place and those that come before it in its version."""
     for name, plan in good.plans.items():
-        for index, rate in enumerate(plan.rates):
-            yield ("plans", name, "rates", index), plan.rates[:index], rate
+        for place, earlier, rate in rates_of(plan):
+            yield ("plans", name, *place), earlier, rate
 
 
-def _plans_settle(good: Good) -> Found:
-    """Something other than the deadline must make money move; a stream wants steady batches."""
+def _plans_agree_with_themselves(good: Good) -> Found:
+    """What the plan's own keys, and the services behind it, have to say."""
+    wallet = good.wallet or WalletSettings()
     for name, plan in good.plans.items():
-        settle = plan.settle
-        place: Place = ("plans", name, "settle")
-        if settle.amount_micros or settle.units_nanos or settle.interval is not None:
-            continue
-        if plan.pattern == "streaming":
-            yield place, STREAM_WITHOUT_THRESHOLD
-        elif settle.escrow_percent is None:
-            yield place, PLAN_WITHOUT_THRESHOLD
+        for place, sentence in (*mistakes_in(plan), *release_mistakes(plan, wallet.minimum_micros)):
+            yield ("plans", name, *place), sentence
+        if good.escrow is not None:
+            quarantine = good.escrow.in_doubt_quarantine.ms
+            for place, sentence in period_mistakes(plan, quarantine, good.escrow.on_deadline):
+                yield ("plans", name, *place), sentence
 
 
 def _release_max_lets_plans_settle(good: Good) -> Found:
@@ -220,7 +324,7 @@ def _release_max_lets_plans_settle(good: Good) -> Found:
         return
     release_max = good.escrow.release_max_micros
     for name, plan in good.plans.items():
-        if plan.settle.min_release_micros > release_max:
+        if plan.least_release((good.wallet or WalletSettings()).minimum_micros) > release_max:
             sentence = MIN_ABOVE_MAX.format(release_max=money.format_amount(release_max))
             yield ("plans", name, "settle", "min_release"), sentence
 
@@ -235,30 +339,76 @@ def _missing(what: str, name: str, known: Collection[str]) -> str:
     return f'there is no {what} "{name}"; write [{what}s.{_key_part(name)}]; {nearest(name, known)}'
 
 
+def _agreements_have_the_roles(good: Good) -> Found:
+    for index, agreement in good.agreements.items():
+        plan = good.plans.get(agreement.plan)
+        if plan is None or plan.roles == agreement.escrows.roles:
+            continue
+        example = ", ".join(f'{role} = "{EXAMPLE_IDS[role]}"' for role in plan.roles)
+        roles = " and ".join(plan.roles)
+        sentence = OTHER_ROLES.format(plan=agreement.plan, roles=roles, example=example)
+        yield ("agreements", index, "escrows"), sentence
+
+
+EXAMPLE_IDS = {
+    "base": "esc_1f20b6",
+    "main": "esc_9a81c4",
+    "overage": "esc_77d05e",
+    "wallet": "agent-consumer",
+}
+
+
 def _escrows_differ(good: Good) -> Found:
     escrows: dict[str, int] = {}
     for index, agreement in good.agreements.items():
-        escrow = agreement.escrows.main
-        first = escrows.setdefault(escrow, index)
-        if first != index:
-            yield (
-                ("agreements", index, "escrows", "main"),
-                SAME_ESCROW.format(first=first, escrow=escrow),
-            )
+        listed = [role for role, _ in agreement.escrows.pairs]
+        for number, (role, escrow) in enumerate(agreement.escrows.pairs):
+            first = escrows.setdefault(escrow, index)
+            if first == index and _is_first(agreement, number):
+                continue
+            place: Place = ("agreements", index, "escrows", role)
+            inner = (number - listed.index(role),) if listed.count(role) > 1 else ()
+            yield (*place, *inner), SAME_ESCROW.format(first=first, escrow=escrow)
+
+
+def _is_first(agreement: AgreementSettings, number: int) -> bool:
+    """Whether no earlier place of the same agreement holds the same escrow."""
+    ids = agreement.escrows.ids
+    return ids.index(ids[number]) == number
 
 
 def _agreement_ids_differ(good: Good) -> Found:
     """An event may name an agreement or its escrow, so no id may mean two agreements."""
     ids: dict[str, int] = {}
-    owners = {agreement.escrows.main: index for index, agreement in good.agreements.items()}
+    owners = {
+        escrow: index
+        for index, agreement in good.agreements.items()
+        for escrow in agreement.escrows.ids
+    }
     for index, agreement in good.agreements.items():
         place: Place = ("agreements", index, "id")
         first = ids.setdefault(agreement.id, index)
         owner = owners.get(agreement.id)
         if owner is None and first != index:
             yield place, SAME_ID.format(first=first, id=agreement.id)
-        elif owner is not None and agreement.escrows.main != agreement.id:
+        elif owner is not None and agreement.id not in agreement.escrows.ids:
             yield place, ID_IS_ESCROW.format(owner=owner, id=agreement.id)
+
+
+def _discovery_can_bind(good: Good) -> Found:
+    memos: dict[str, int] = {}
+    for index, entry in good.discover.items():
+        place: Place = ("discover", index)
+        plan = good.plans.get(entry.plan)
+        if entry.plan not in good.plan_names:
+            yield (*place, "plan"), _missing("plan", entry.plan, good.plan_names)
+        elif plan is not None and plan.roles != ("main",):
+            roles = " and ".join(plan.roles)
+            yield (*place, "plan"), ROLES_NOT_DISCOVERED.format(plan=entry.plan, roles=roles)
+        if (first := memos.setdefault(entry.memo, index)) != index:
+            yield (*place, "memo"), SAME_MEMO.format(first=first)
+    if good.discover and good.escrow is not None and not good.escrow.agent_id:
+        yield ("escrow", "agent_id"), WITHOUT_AGENT
 
 
 CHECKS: tuple[Callable[[Good], Found], ...] = (
@@ -266,11 +416,14 @@ CHECKS: tuple[Callable[[Good], Found], ...] = (
     _tokens_differ,
     _sources_differ,
     _sessions_differ,
+    _meters_are_fed,
     _rates_have_meters,
     _rates_can_match,
-    _plans_settle,
+    _plans_agree_with_themselves,
     _release_max_lets_plans_settle,
     _agreements_have_plans,
+    _agreements_have_the_roles,
     _escrows_differ,
     _agreement_ids_differ,
+    _discovery_can_bind,
 )

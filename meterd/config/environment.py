@@ -18,9 +18,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from meterd.config.checks import Place, key_of
-from meterd.config.settings import NOT_AVAILABLE, Settings, Table, nearest
+from meterd.config.checks import key_of
+from meterd.config.settings import NOT_AVAILABLE, Settings
 from meterd.config.shape import FILE_SUFFIX, Shape, keys_of, shape_of, tables_in
+from meterd.config.table import Place, Table, nearest
 from meterd.config.values import SECRET_CHARS_MAX, Secret
 from meterd.errors import Mistake
 

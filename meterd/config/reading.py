@@ -17,28 +17,29 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from meterd.config.checks import Good, Place, key_of, mistakes_between, notes_on
+from meterd.config.checks import Good, key_of, mistakes_between, notes_on
 from meterd.config.environment import (
     CONFIG_NAME,
     Draft,
     override,
     read_secret_files,
 )
+from meterd.config.plans import PlanSettings
 from meterd.config.settings import (
     BUILT_IN_SOURCES,
     NOT_AVAILABLE,
-    REQUIRED,
     SOURCE_KINDS,
     AgreementSettings,
+    DiscoverSettings,
     EscrowSettings,
     HttpSettings,
-    PlanSettings,
+    MeterSettings,
     Settings,
     SourceSettings,
-    Table,
-    nearest,
+    WalletSettings,
 )
 from meterd.config.shape import keys_of, tables_in
+from meterd.config.table import REQUIRED, Place, Table, nearest
 from meterd.config.values import PATTERN_SENTENCES, REFUSED
 from meterd.errors import ConfigurationError, Mistake
 
@@ -184,9 +185,12 @@ def _good_tables(raw: Mapping[str, Any]) -> Good:
         plan_names=frozenset(_dict(raw.get("plans"))),
         http=_try(TypeAdapter(HttpSettings), raw.get("http", {}))[0],
         escrow=_try(TypeAdapter(EscrowSettings), raw.get("escrow", {}))[0],
+        wallet=_try(TypeAdapter(WalletSettings), raw.get("wallet", {}))[0],
+        meters=_good_items(TypeAdapter(MeterSettings), _dict(raw.get("meters"))),
         sources=_good_items(TypeAdapter(SourceSettings), _numbered(raw.get("sources"))),
         plans=_good_items(TypeAdapter(PlanSettings), _dict(raw.get("plans"))),
         agreements=_good_items(TypeAdapter(AgreementSettings), _numbered(raw.get("agreements"))),
+        discover=_good_items(TypeAdapter(DiscoverSettings), _numbered(raw.get("discover"))),
     )
 
 

@@ -1,7 +1,7 @@
 """The settings of meterd: one frozen model for each table of the file, each key with its default.
 
-The rule: a key is here or it does not exist. What a later version will take is known by name
-(`NOT_AVAILABLE` and the tables beside the fields), so that it is refused with a sentence and never
+The rule: a key is here (or, below `[plans]`, in `plans`) or it does not exist. What a later version
+will take is known by name (`NOT_AVAILABLE`), so that it is refused with a sentence and never
 ignored. A model checks what can be seen inside itself; what lies between two tables is in `checks`.
 Fields that hold money or quantities say their unit, which the key in the file leaves out: `price`
 in the file is `price_picos` here.
@@ -9,31 +9,33 @@ in the file is `price_picos` here.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from meterd.config.plans import PlanSettings
+from meterd.config.table import NOT_YET, Listed, Table, one_of
 from meterd.config.values import (
+    AGENT_ID,
     ESCROW_ID,
     Address,
+    AgentId,
     ApiKey,
     Duration,
-    EscrowId,
+    EscrowIds,
     FilePath,
     HeaderName,
     JsonPath,
     Line,
     ListenAddress,
+    Memo,
     Micros,
     Name,
-    Nanos,
     Password,
-    Picos,
     RedisUrl,
     Secret,
     Size,
@@ -47,82 +49,13 @@ from meterd.config.values import (
     refuse,
 )
 
-NOT_YET = "is not available in this version"
-
 # Keys that a later version takes: known, so that nobody looks for a spelling mistake. `*` is any
 # name, [] any place.
 NOT_AVAILABLE: Mapping[str, str] = {
-    "wallet": f"{NOT_YET}: no plan of it draws on a wallet; remove the table",
-    "discover": f"{NOT_YET}: name each escrow in [[agreements]] or by PUT /v1/agreements/{{id}}",
     "store.url": f'{NOT_YET}: remove it; kind = "sqlite" keeps its file in daemon.data_dir',
-    "plans.*.effective_from": f"{NOT_YET}: a plan has one version; remove it",
-    "plans.*.gate": f"{NOT_YET}: remove it",
-    "plans.*.rates[].free_units": f"{NOT_YET}: remove it",
-    "plans.*.rates[].minimum": f"{NOT_YET}: remove it",
-    "plans.*.rates[].maximum": f"{NOT_YET}: remove it",
-    "plans.*.rates[].tiers": f'{NOT_YET}: write price, and model = "standard"',
-    "agreements[].escrows.base": f"{NOT_YET}: write main",
-    "agreements[].escrows.overage": f"{NOT_YET}: write main",
-}
-
-# What a key without a default may look like.
-REQUIRED: Mapping[str, str] = {
-    "escrows": 'escrows = { main = "esc_9a81c4" }',
-    "main": 'main = "esc_9a81c4"',
-    "meter": 'meter = "tokens"',
-    "name": 'name = "svc-a"',
-    "pattern": 'pattern = "streaming"',
-    "plan": 'plan = "stream"',
-    "price": 'price = "0.002"',
-    "rates": 'rates = [{ meter = "tokens", price = "0.002" }]',
-    "scopes": 'scopes = ["ingest"]',
 }
 
 BATCH_MAX = 100_000
-SHOWN_MAX = 24  # Names in one sentence; more help nobody.
-T = TypeVar("T")
-# TOML has lists, frozen settings have tuples; the items stay as strict as their own type.
-Listed = Annotated[tuple[T, ...], Field(strict=False)]
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """Name the known word that was probably meant, or all of them where none is near."""
-    if not known:
-        return "there are none"
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f'did you mean "{close[0]}"?'
-    if len(known) > SHOWN_MAX:
-        return "meterd config example shows all there are"
-    return "known are " + ", ".join(sorted(known))
-
-
-def _one_of(available: tuple[str, ...], later: tuple[str, ...], what: str) -> BeforeValidator:
-    """Refuse the words that a later version will take with a sentence of their own."""
-    choice = " or ".join(f'"{word}"' for word in available)
-
-    def check(value: object) -> object:
-        if not isinstance(value, str):
-            refuse(f"write {choice}")
-        if value in later:
-            refuse(f'the {what} "{value}" {NOT_YET}; write {choice}')
-        if value not in available:
-            refuse(f'there is no {what} "{value[:64]}"; {nearest(value, available + later)}')
-        return value
-
-    return BeforeValidator(check)
-
-
-class Table(BaseModel):
-    """One table of the file: strict, frozen, closed to unknown keys, silent about its input."""
-
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        hide_input_in_errors=True,
-    )
 
 
 class DaemonSettings(Table):
@@ -161,7 +94,7 @@ class HttpSettings(Table):
 class StoreSettings(Table):
     """`[store]`: what survives a crash."""
 
-    kind: Annotated[Literal["sqlite"], _one_of(("sqlite",), ("redis",), "kind of store")] = "sqlite"
+    kind: Annotated[Literal["sqlite"], one_of(("sqlite",), "kind of store", ("redis",))] = "sqlite"
 
 
 class DedupeSettings(Table):
@@ -363,17 +296,25 @@ BUILT_IN_SOURCES: Mapping[str, str] = {
 }
 
 
+AGGREGATIONS = ("sum", "count", "max", "unique", "latest")
+
+
 class MeterSettings(Table):
     """`[meters.NAME]`: what is measured."""
 
     aggregation: Annotated[
-        Literal["sum", "count"],
-        _one_of(("sum", "count"), ("max", "unique", "latest"), "aggregation"),
+        Literal["sum", "count", "max", "unique", "latest"],
+        one_of(AGGREGATIONS, "aggregation"),
     ] = "sum"
     event_type: Line = ""
     value: JsonPath | None = None
     dimensions: dict[Name, JsonPath] = Field(default_factory=dict)
     unit: Line = ""
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether what it shows is a sum over events."""
+        return self.aggregation in {"sum", "count"}
 
     @model_validator(mode="after")
     def _count_counts_events(self) -> MeterSettings:
@@ -382,74 +323,51 @@ class MeterSettings(Table):
         return self
 
 
-class RateSettings(Table):
-    """One entry of `rates`: the price of one meter, for events whose dimensions match `where`."""
+class WalletPaths(Table):
+    """`wallet.paths`: what stands behind its `base_url` for each call; {id} is the payer's."""
 
-    meter: Name
-    price_picos: Picos = Field(alias="price")
-    per: int = Field(default=1, ge=1, le=10**12)
-    where: dict[Name, Line] = Field(default_factory=dict)
-    model: Annotated[
-        Literal["standard"],
-        _one_of(
-            ("standard",),
-            ("graduated", "volume", "package", "percentage", "dynamic"),
-            "charge model",
-        ),
-    ] = "standard"
+    debit: PathWithoutId = "/wallet/debit"
+    status: PathWithId = "/wallet/{id}"
 
 
-def _not_adaptive(value: object) -> object:
-    if value == "adaptive":
-        refuse(f'settle = "adaptive" {NOT_YET}; write settle = {{ amount = "0.50" }}')
-    return value
+class WalletSettings(Table):
+    """`[wallet]`: the service that keeps payers' wallets; usually it is the escrow service."""
 
-
-class SettleSettings(Table):
-    """`settle`: the thresholds at which usage is paid, whichever comes first; None: not used."""
-
-    amount_micros: Micros | None = Field(default=None, alias="amount")
-    units_nanos: Nanos | None = Field(default=None, alias="units")
-    interval: Span | None = None
-    escrow_percent: int | None = Field(default=None, ge=1, le=100)
-    before_deadline: SpanOrZero = read_duration("15m")
-    min_release_micros: Micros = Field(default=read_amount("0.01"), alias="min_release")
-
-    @model_validator(mode="after")
-    def _amount_can_be_reached(self) -> SettleSettings:
-        if self.amount_micros is not None and self.amount_micros < self.min_release_micros:
-            refuse(
-                "is below min_release, which holds it back; raise it, or lower min_release",
-                at="amount",
-            )
-        return self
-
-
-class PlanSettings(Table):
-    """`[plans.NAME]`: a billing pattern with its rates and thresholds."""
-
-    pattern: Annotated[
-        Literal["streaming", "pay_per_token"],
-        _one_of(
-            ("streaming", "pay_per_token"),
-            ("pay_per_call", "subscription", "milestone", "performance", "hybrid"),
-            "pattern",
-        ),
-    ]
-    rates: Listed[RateSettings] = Field(min_length=1, max_length=1000)
-    settle: Annotated[SettleSettings, BeforeValidator(_not_adaptive)] = Field(
-        default_factory=SettleSettings
-    )
+    base_url: Annotated[str, AfterValidator(_service_address)] | None = None
+    api_key: ApiKey | None = None
+    api_key_file: FilePath | None = None
+    paths: WalletPaths = Field(default_factory=WalletPaths)
+    minimum_micros: Micros = Field(default=read_amount("0.01"), alias="minimum")
 
 
 class AgreementEscrows(Table):
-    """`escrows`: the deposits by role. Both patterns of this version draw on `main` alone."""
+    """`escrows`: what an agreement draws on, by role; a plan says which roles it has."""
 
-    main: EscrowId
+    base: EscrowIds | None = None
+    main: EscrowIds | None = None
+    overage: EscrowIds | None = None
+    wallet: AgentId | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """All of them as (role, id): by role, and the oldest of a role first."""
+        listed = (("base", self.base), ("main", self.main), ("overage", self.overage))
+        pairs = tuple((role, escrow) for role, ids in listed for escrow in ids or ())
+        return pairs if self.wallet is None else (*pairs, ("wallet", self.wallet))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All of them, in the same order."""
+        return tuple(escrow for _, escrow in self.pairs)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that are given, sorted."""
+        return tuple(sorted({role for role, _ in self.pairs}))
 
 
 class AgreementSettings(Table):
-    """`[[agreements]]`: a payer under a plan. Without an id, the escrow's id is the agreement's."""
+    """`[[agreements]]`: a payer under a plan. Without an id, its first escrow's id serves."""
 
     id: Name
     plan: Name
@@ -458,14 +376,30 @@ class AgreementSettings(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _id_of_the_escrow(cls, given: Any) -> Any:
+    def _id_of_the_first_escrow(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        escrows = given.get("escrows")
-        main = escrows.get("main") if isinstance(escrows, dict) else None
         # An escrow that will be refused is one mistake, not one more for an id that nobody wrote.
-        good = isinstance(main, str) and re.search(ESCROW_ID, main)
-        return {"id": main if good else "unknown", **given}
+        return {"id": _first_escrow(given.get("escrows")) or "unknown", **given}
+
+
+def _first_escrow(escrows: object) -> str:
+    """The id of the first escrow as it stands in the file; "" where there is none to read."""
+    if not isinstance(escrows, dict):
+        return ""
+    for role in AgreementEscrows.model_fields:
+        given = escrows.get(role)
+        first = given[0] if isinstance(given, list) and given else given
+        if isinstance(first, str) and re.search(AGENT_ID if role == "wallet" else ESCROW_ID, first):
+            return first
+    return ""
+
+
+class DiscoverSettings(Table):
+    """`[[discover]]`: escrows that are bound by their memo as soon as the service lists them."""
+
+    memo: Annotated[Memo, Field(min_length=1)]
+    plan: Name
 
 
 class MetricsSettings(Table):
@@ -483,15 +417,19 @@ class Settings(Table):
     store: StoreSettings = Field(default_factory=StoreSettings)
     dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
     escrow: EscrowSettings
+    wallet: WalletSettings = Field(default_factory=WalletSettings)
     sources: Listed[SourceSettings] = ()
     meters: dict[Name, MeterSettings] = Field(default_factory=dict)
     plans: dict[Name, PlanSettings] = Field(default_factory=dict)
     agreements: Listed[AgreementSettings] = ()
+    discover: Listed[DiscoverSettings] = ()
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
 
     def secrets(self) -> Iterator[str]:
         """Every text in here that must never be printed, passwords inside addresses included."""
         yield self.escrow.api_key.reveal()
+        if self.wallet.api_key is not None:
+            yield self.wallet.api_key.reveal()
         yield from (entry.token.reveal() for entry in self.http.tokens)
         for source in self.sources:
             if isinstance(source, MqttSourceSettings):

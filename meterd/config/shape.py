@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from meterd.config.checks import Place
-from meterd.config.settings import Settings, Table
+from meterd.config.settings import Settings
+from meterd.config.table import Place, Table
 from meterd.config.values import Secret
 
 FILE_SUFFIX = "_file"

@@ -7,9 +7,12 @@ repeats what was given for a secret.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import ipaddress
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from hmac import compare_digest
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, PlainSerializer, StringConstraints, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from meterd.core import money
@@ -120,17 +123,23 @@ def _plain_decimal(value: object, example: str) -> str:
     refuse(f'write a plain decimal in quotes, such as "{example}"')
 
 
-def _read_number(value: object, *, decimals: int, example: str) -> int:
+def _read_number(value: object, *, decimals: int, example: str, zero: bool = False) -> int:
+    """Read a decimal as an integer of 10^-decimals; `zero`: nothing is allowed too."""
     text = _plain_decimal(value, example)
     if text.startswith("-"):
-        refuse(f'must be greater than 0; write for example "{example}"')
+        sentence = NOT_BELOW_NOTHING if zero else MORE_THAN_NOTHING
+        refuse(sentence.format(example=example))
     try:
         scaled = money.parse_scaled(text, decimals)
     except money.BadNumber as error:
         refuse(f'{error}; write at most {decimals} decimals in quotes, such as "{example}"')
-    if scaled == 0:
-        refuse(f'must be greater than 0; write for example "{example}"')
+    if scaled == 0 and not zero:
+        refuse(MORE_THAN_NOTHING.format(example=example))
     return scaled
+
+
+MORE_THAN_NOTHING = 'must be greater than 0; write for example "{example}"'
+NOT_BELOW_NOTHING = 'must not be below 0; write for example "{example}"'
 
 
 def read_amount(value: object) -> int:
@@ -138,9 +147,57 @@ def read_amount(value: object) -> int:
     return _read_number(value, decimals=money.AMOUNT_DECIMALS, example="0.10")
 
 
+def read_amount_or_zero(value: object) -> int:
+    """Read an amount of USDC, at most 6 decimals, as micros."""
+    return _read_number(value, decimals=money.AMOUNT_DECIMALS, example="0.10", zero=True)
+
+
+def read_charge(value: object) -> int:
+    """Read an amount that becomes a price (a fee, a tranche), so at most 1e6 USDC, as micros."""
+    micros = read_amount(value)
+    if micros > money.PRICE_MAX * money.MICROS:
+        refuse(AT_MOST_PRICE_MAX)
+    return micros
+
+
+AT_MOST_PRICE_MAX = f"must be at most {money.PRICE_MAX} USDC"
+EXAMPLE_PRICE = "0.002"
+
+
 def read_price(value: object) -> int:
-    """Read a price in USDC greater than 0, at most 12 decimals, as picos."""
-    return _read_number(value, decimals=money.PRICE_DECIMALS, example="0.002")
+    """Read a price in USDC greater than 0, at most 1e6 with 12 decimals, as picos."""
+    return _read_price(value, zero=False)
+
+
+def read_price_or_zero(value: object) -> int:
+    """Read a price in USDC, at most 1e6 with 12 decimals, as picos."""
+    return _read_price(value, zero=True)
+
+
+def _read_price(value: object, *, zero: bool) -> int:
+    picos = _read_number(value, decimals=money.PRICE_DECIMALS, example=EXAMPLE_PRICE, zero=zero)
+    if picos > money.PRICE_MAX * money.PICOS:
+        refuse(AT_MOST_PRICE_MAX)
+    return picos
+
+
+PERCENT_DECIMALS = money.PRICE_DECIMALS - 2  # A percent with ten is a share with twelve.
+
+
+def read_percent(value: object) -> int:
+    """Read a percentage greater than 0, at most 100, as picos of the whole."""
+    picos = _read_number(value, decimals=PERCENT_DECIMALS, example="2.5")
+    if picos > money.PICOS:
+        refuse('must be at most 100; write for example "2.5"')
+    return picos
+
+
+def read_share(value: object) -> int:
+    """Read a share greater than 0, at most 1, as picos of the whole."""
+    picos = _read_number(value, decimals=money.PRICE_DECIMALS, example="0.70")
+    if picos > money.PICOS:
+        refuse('must be at most 1, which is all of it; write for example "0.70"')
+    return picos
 
 
 def read_quantity(value: object) -> int:
@@ -149,6 +206,61 @@ def read_quantity(value: object) -> int:
     if nanos > money.QUANTITY_MAX * money.NANOS:
         refuse("must be at most 1000000000000000 (1e15)")
     return nanos
+
+
+def read_score(value: object) -> int:
+    """Read a score from 0 to 1, at most 9 decimals, as nanos."""
+    nanos = _read_number(value, decimals=money.QUANTITY_DECIMALS, example="0.9", zero=True)
+    if nanos > money.NANOS:
+        refuse('a score is from 0 to 1; write for example "0.9"')
+    return nanos
+
+
+# Moments and public keys
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MS = timedelta(milliseconds=1)
+_ZONED = 'write a moment with its zone, such as "2026-12-01T00:00:00Z"'
+
+
+def read_moment(value: object) -> int:
+    """Read a date and time with its zone, in quotes or as TOML's own, as wall ms."""
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        moment = None
+    if not isinstance(moment, datetime) or moment.utcoffset() is None or moment < _EPOCH:
+        refuse(_ZONED)
+    return (moment - _EPOCH) // _MS
+
+
+def moment_text(ms: int) -> str:
+    """Write wall ms as a moment in UTC."""
+    return (_EPOCH + ms * _MS).isoformat().replace("+00:00", "Z")
+
+
+PUBLIC_KEY_BYTES = 32  # Of Ed25519.
+
+
+def read_public_key(value: object) -> bytes:
+    """Read an Ed25519 public key in hex or base64."""
+    key = _bytes_of(value.strip()) if isinstance(value, str) else b""
+    if len(key) != PUBLIC_KEY_BYTES:
+        refuse(
+            f"is no Ed25519 public key; write its {PUBLIC_KEY_BYTES} bytes as 64 hex digits or"
+            " 44 characters of base64"
+        )
+    return key
+
+
+def _bytes_of(text: str) -> bytes:
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text, re.ASCII):
+        return bytes.fromhex(text)
+    try:
+        padded = text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4)
+        return base64.b64decode(padded.translate(str.maketrans("-_", "+/")), validate=True)
+    except (binascii.Error, ValueError):
+        return b""
 
 
 # Addresses and paths
@@ -328,6 +440,54 @@ Nanos = Annotated[
     WithJsonSchema(_DECIMAL_SCHEMA),
     _decimal(money.QUANTITY_DECIMALS),
 ]
+MicrosOrZero = Annotated[
+    int,
+    BeforeValidator(read_amount_or_zero),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.AMOUNT_DECIMALS),
+]
+Charge = Annotated[
+    int,
+    BeforeValidator(read_charge),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.AMOUNT_DECIMALS),
+]
+PicosOrZero = Annotated[
+    int,
+    BeforeValidator(read_price_or_zero),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.PRICE_DECIMALS),
+]
+Percent = Annotated[
+    int,
+    BeforeValidator(read_percent),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(PERCENT_DECIMALS),
+]
+Share = Annotated[
+    int,
+    BeforeValidator(read_share),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.PRICE_DECIMALS),
+]
+Score = Annotated[
+    int,
+    BeforeValidator(read_score),
+    WithJsonSchema(_DECIMAL_SCHEMA),
+    _decimal(money.QUANTITY_DECIMALS),
+]
+Moment = Annotated[
+    int,
+    BeforeValidator(read_moment),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+    PlainSerializer(moment_text, when_used="json"),
+]
+PublicKey = Annotated[
+    bytes,
+    BeforeValidator(read_public_key),
+    WithJsonSchema({"type": "string", "minLength": 43}),
+    PlainSerializer(bytes.hex, when_used="json"),
+]
 ListenAddress = Annotated[
     Address,
     BeforeValidator(read_address),
@@ -354,6 +514,8 @@ ESCROW_ID = r"^[A-Za-z0-9_-]{1,64}$"
 # Names become labels, levels of topics and parts of addresses.
 NAME = r"^[A-Za-z0-9_.:-]{1,128}$"
 LINE = r"^[^\x00-\x1f\x7f]{0,256}$"
+MEMO = r"^[^\x00-\x1f\x7f]{0,200}$"
+AGENT_ID = r"^[A-Za-z0-9_.:-]{1,64}$"
 HEADER = r"^[A-Za-z0-9-]{1,64}$"
 JSON_PATH = r"^\$[^\x00-\x1f\x7f]{0,255}$"
 
@@ -362,12 +524,33 @@ PATTERN_SENTENCES = {
     ESCROW_ID: "write 1 to 64 letters, digits, _ or -",
     NAME: "write 1 to 128 letters, digits, _ . : or -",
     LINE: "write one line of at most 256 characters",
+    MEMO: "write one line of at most 200 characters",
+    AGENT_ID: "write 1 to 64 letters, digits, _ . : or -",
     HEADER: "write the name of an HTTP header, such as Idempotency-Key",
     JSON_PATH: 'write a JSONPath that begins with $, such as "$.usage.total_tokens"',
 }
 
 EscrowId = Annotated[str, StringConstraints(pattern=ESCROW_ID)]
+
+
+def _one_or_more(value: object) -> object:
+    """Take one id for a list of one, and say what is wrong with it at its own key."""
+    if not isinstance(value, str):
+        return value
+    if re.search(ESCROW_ID, value) is None or "\n" in value:
+        refuse(PATTERN_SENTENCES[ESCROW_ID])
+    return (value,)
+
+
+# Oldest first: an escrow cannot be topped up, so a payer comes with the next one.
+EscrowIds = Annotated[
+    tuple[EscrowId, ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(_one_or_more, json_schema_input_type=EscrowId | tuple[EscrowId, ...]),
+]
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Line = Annotated[str, StringConstraints(pattern=LINE)]
+Memo = Annotated[str, StringConstraints(pattern=MEMO)]
+AgentId = Annotated[str, StringConstraints(pattern=AGENT_ID)]
 HeaderName = Annotated[str, StringConstraints(pattern=HEADER)]
 JsonPath = Annotated[str, StringConstraints(pattern=JSON_PATH)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import re
@@ -21,27 +22,47 @@ from pydantic_core import PydanticUndefined
 
 from meterd import config
 from meterd.config import Address, Duration, Secret, values
+from meterd.config.patterns import REQUIRED_OF
+from meterd.config.plans import (
+    MODELS,
+    PATTERNS,
+    PATTERNS_OF,
+    GateSettings,
+    PlanSettings,
+    QuotaSettings,
+    RateSettings,
+    SettleSettings,
+    StepSettings,
+    TierSettings,
+    TrancheSettings,
+    VersionSettings,
+)
 from meterd.config.settings import (
+    AGGREGATIONS,
     TOPIC_FIELDS,
+    AgreementEscrows,
     AgreementSettings,
+    DiscoverSettings,
     MeterSettings,
     MqttSourceSettings,
-    PlanSettings,
-    RateSettings,
     RedisSourceSettings,
     Settings,
-    SettleSettings,
-    Table,
     TokenSettings,
+    WalletPaths,
 )
 from meterd.config.shape import keys_of, shape_of
+from meterd.config.table import Table
 from meterd.core import money
+from meterd.core.meters import Aggregation
+from meterd.core.plans import Pattern
+from meterd.core.pricing import OWN_METERS, Model
 from meterd.errors import ConfigurationError, Mistake
 from meterd.sources.mqtt import TopicTemplate
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = REPOSITORY / "tests" / "config" / "good"
 BAD = REPOSITORY / "tests" / "config" / "bad"
+NOTEWORTHY = REPOSITORY / "tests" / "config" / "noted"
 EXAMPLES = REPOSITORY / "config"
 
 CANARY = "pf_live_canary_hunter2"
@@ -49,16 +70,12 @@ KEY = {"METERD_ESCROW__API_KEY": CANARY}
 
 # Each bad file with its mistakes: the key, and a part of the sentence that says what to write.
 EXPECTED: dict[str, list[tuple[str, str]]] = {
-    "adaptive_thresholds": [
+    "adaptive_without_exposure_max": [
+        ("plans.fast.settle", 'write "adaptive", or a table such as settle = { amount = "0.50" }'),
         (
-            "plans.calls.settle",
-            'is not available in this version; write settle = { amount = "0.50"',
+            "plans.calls.exposure_max",
+            'is required by settle = "adaptive", which keeps the exposure below it; write',
         ),
-    ],
-    "aggregation_of_a_later_version": [
-        ("meters.users.aggregation", '"unique" is not available in this version; write "sum" or'),
-        ("meters.calls.value", 'count counts events; remove it, or write aggregation = "sum"'),
-        ("meters.peak.value", 'write a JSONPath that begins with $, such as "$.usage.total_token'),
     ],
     "agreement_under_an_unknown_plan": [
         ("agreements[0].plan", 'no plan "call"; write [plans.call]; did you mean "calls"?'),
@@ -66,7 +83,10 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     "agreement_without_an_escrow": [
         ("agreements[0].escrows", 'is required; write escrows = { main = "esc_9a81c4" }'),
         ("agreements[1].escrows.main", "write 1 to 64 letters, digits, _ or -"),
-        ("agreements[2].escrows.overage", "is not available in this version: write main"),
+        (
+            "agreements[2].escrows",
+            'plan "calls" draws on main; write escrows = { main = "esc_9a81c4" }',
+        ),
     ],
     "agreements_with_one_escrow": [
         ("agreements[1].escrows.main", 'agreements[0] draws on "esc_1" too'),
@@ -76,16 +96,53 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("agreements[2].id", '"esc_1" is the escrow of agreements[0]; write another id'),
     ],
     "amount_below_min_release": [
-        ("plans.calls.settle.amount", "is below min_release, which holds it back; raise it, or"),
+        (
+            "plans.calls.settle.amount",
+            "is below min_release (0.01), which holds it back; raise it, or lower min_release",
+        ),
+    ],
+    "auto_release_before_the_period_ends": [
+        (
+            "plans.pass.auto_release_hours",
+            "the service would act before the period (7d) has ended; write at least 168",
+        ),
     ],
     "brackets_without_end": [("configuration", "is nested too deeply; write it flatter")],
+    "count_with_a_value": [
+        ("meters.calls.value", 'count counts events; remove it, or write aggregation = "sum"'),
+        (
+            "meters.peak.value",
+            'write a JSONPath that begins with $, such as "$.usage.total_tokens"',
+        ),
+    ],
+    "deposit_below_the_fee": [
+        (
+            "plans.pass.deposit",
+            "is below the fee (10.50), so no period could be paid; raise it, or remove it",
+        ),
+    ],
+    "discover_of_an_unknown_plan": [
+        (
+            "discover[0].plan",
+            'there is no plan "streem"; write [plans.streem]; did you mean "stream"?',
+        ),
+        (
+            "discover[1].plan",
+            'a found escrow is bound as main, but plan "weekly" draws on base and overage; name',
+        ),
+        ("discover[2].memo", "discover[0] takes every escrow with this memo; write another memo"),
+        (
+            "escrow.agent_id",
+            "is required by [[discover]], which asks for the escrows of this agent; write the",
+        ),
+    ],
     "duration_without_a_unit": [
         ("daemon.drain_timeout", 'write a duration in quotes, such as "250ms", "30s", "5m"'),
         ("dedupe.window", 'write a duration longer than zero, such as "1s"'),
         ("escrow.observe_gap", "write a duration in quotes"),
     ],
     "escrow_service_in_the_clear": [
-        ("escrow.base_url", "sends the API key in the clear; write ht")
+        ("escrow.base_url", "sends the API key in the clear; write ht"),
     ],
     "escrow_service_with_a_password": [
         ("escrow.base_url", "write it without user, password, ? and #"),
@@ -93,16 +150,84 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("escrow.paths.release", "write a path that begins with / and has {id} once"),
         ("escrow.idempotency_header", "write the name of an HTTP header"),
     ],
+    "escrow_twice_in_an_agreement": [
+        ("agreements[1].escrows.base", "write at least 1 of them"),
+        ("agreements[1].escrows.overage[0]", "write 1 to 64 letters, digits, _ or -"),
+        (
+            "agreements[0].escrows.overage[1]",
+            'agreements[0] draws on "esc_1" too; what is drawn on has one agreement and one',
+        ),
+        (
+            "agreements[2].escrows.base",
+            'agreements[0] draws on "esc_2" too; what is drawn on has one agreement and one',
+        ),
+    ],
     "everything_at_once": [
         ("daemon.drain_timeout", "write a duration in quotes"),
-        ("plans.calls.rates[0].price", "must be greater than 0"),
-        ("wallet", "is not available in this version"),
+        ("wallets", 'there is no such key; did you mean "wallet"?'),
         ("http.listen", "[::]:80 is open to other machines and no token is configured"),
         ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true, or listen"),
+        (
+            "plans.calls.rates[0].meter",
+            'there is no meter "call"; write [meters.call]; did you mean "calls"?',
+        ),
         ("plans.stream.rates[0].meter", 'no meter "call"; write [meters.call]; did you mean'),
+        ("plans.calls.rates[0].price", "must be greater than 0"),
+        (
+            "plans.calls.settle",
+            "has no threshold, so nothing would be paid before the deadline; write at least one",
+        ),
         ("plans.stream.settle", "write at least one of units, interval and amount"),
         ("agreements[1].plan", 'there is no plan "stram"'),
         ("agreements[1].escrows.main", 'agreements[0] draws on "esc_1" too'),
+    ],
+    "exposure_max_without_adaptive": [
+        (
+            "plans.calls.exposure_max",
+            'is the bound of settle = "adaptive" alone; write that, or remove it',
+        ),
+        (
+            "plans.tight.exposure_max",
+            "is below min_release (0.01), which holds it back; raise it, or lower min_release",
+        ),
+        (
+            "plans.pass.settle",
+            "each payment of a subscription plan is due at once, so no threshold can adapt;",
+        ),
+    ],
+    "fee_above_a_million": [
+        ("plans.pass.fee", "must be at most 1000000 USDC"),
+        ("plans.calls.rates[0].price", "must be at most 1000000 USDC"),
+    ],
+    "fee_left_to_a_service_that_refunds": [
+        (
+            "plans.pass.at_period_end",
+            '"auto" leaves the fee to the service, which gives it back (escrow.on_deadline =',
+        ),
+    ],
+    "gate_that_owes": [
+        ("plans.calls.gate.enforce", "write true or false without quotes"),
+        ("plans.calls.gate.overdraft", 'must not be below 0; write for example "0.10"'),
+        ("plans.calls.gate.hold", 'write a duration longer than zero, such as "1s"'),
+        ("plans.calls.gate.on_unknown", 'write "closed" or "open"'),
+    ],
+    "key_of_another_pattern": [
+        (
+            "plans.calls.fee",
+            'is no key of a streaming plan; remove it, or write pattern = "subscription" or',
+        ),
+        (
+            "plans.calls.quota",
+            'is no key of a streaming plan; remove it, or write pattern = "subscription"',
+        ),
+        (
+            "plans.calls.ordered",
+            'is no key of a streaming plan; remove it, or write pattern = "milestone"',
+        ),
+        (
+            "plans.site.period",
+            'is no key of a milestone plan; remove it, or write pattern = "pay_per_call" or',
+        ),
     ],
     "key_of_another_source": [
         ("sources[0].stream", "there is no such key; known are allow_anonymous, allow_qos0, batch"),
@@ -115,8 +240,41 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("http.listen", 'no token is configured; write "127.0.0.1:8787", or give http.tokens'),
         ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true"),
     ],
+    "memo_of_many_characters": [
+        ("plans.calls.memo", "write one line of at most 200 characters"),
+        ("discover[0].memo", "must not be empty"),
+    ],
+    "meter_that_no_event_feeds": [
+        (
+            "meters.tokens.event_type",
+            'is "", so no event feeds the meter by value and dimensions; write event_type =',
+        ),
+    ],
     "min_release_above_release_max": [
         ("plans.calls.settle.min_release", "is above escrow.release_max (0.50)"),
+    ],
+    "min_release_below_the_wallets": [
+        (
+            "plans.calls.settle.min_release",
+            "is below wallet.minimum (0.05), the least that the wallet's service takes; raise",
+        ),
+        (
+            "plans.more.settle.amount",
+            "is below min_release (0.05), which holds it back; raise it, or lower min_release",
+        ),
+    ],
+    "minimum_above_maximum": [
+        ("plans.calls.rates[0].minimum", "is above maximum (1.00); lower it, or raise maximum"),
+    ],
+    "moment_without_a_zone": [
+        (
+            "plans.pass.versions[0].effective_from",
+            'write a moment with its zone, such as "2026-12-01T00:00:00Z"',
+        ),
+        (
+            "plans.pass.versions[1].effective_from",
+            'write a moment with its zone, such as "2026-12-01T00:00:00Z"',
+        ),
     ],
     "money_that_is_no_plain_decimal": [
         ("escrow.quantum", "not a plain decimal such as 12 or 0.000001; write at most 6 decimals"),
@@ -142,6 +300,20 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("sources[1].topic", 'leave $share out here and write share = "NAME"'),
         ("sources[2].topic", '"id-{escrow_id}" is no whole level of {escrow_id}, {agreement}'),
     ],
+    "names_of_meterds_own": [
+        (
+            'meters."meterd.calls"',
+            "is a name of meterd's own; write one that does not begin with meterd.",
+        ),
+        (
+            "meters.closed.event_type",
+            "is a type of meterd's own, which feeds no meter; write the type of your events",
+        ),
+        (
+            "plans.calls.rates[0].meter",
+            "is counted and priced by meterd itself; remove the rate, or name a meter of [meters]",
+        ),
+    ],
     "no_toml": [("line 4, column 25", 'stand in quotes, such as interval = "60s"')],
     "no_toml_at_the_end": [("line 2, column 14", "close the text with a quote on the line")],
     "number_out_of_range": [
@@ -149,16 +321,61 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("escrow.concurrency", "write at least 1"),
     ],
     "number_without_end": [("configuration", "too many digits; write a shorter one")],
+    "outcome_key_of_another_length": [
+        (
+            "plans.answer.outcome_key",
+            "is no Ed25519 public key; write its 32 bytes as 64 hex digits or 44 characters of",
+        ),
+        (
+            "plans.other.outcome_key",
+            "is no Ed25519 public key; write its 32 bytes as 64 hex digits or 44 characters of",
+        ),
+    ],
+    "overage_without_a_budget": [
+        (
+            "plans.weekly.deposit",
+            "is required: usage beyond the fee is drawn on an escrow of its own, which is the",
+        ),
+    ],
     "pattern_misspelt": [
         ("plans.calls.pattern", 'there is no pattern "straming"; did you mean "streaming"?'),
     ],
-    "pattern_of_a_later_version": [
+    "pattern_without_its_keys": [
+        ("plans.call.rates", 'is required; write rates = [{ meter = "tokens", price = "0.002" }]'),
+        ("plans.pass.fee", 'is required; write fee = "10.00"'),
         (
-            "plans.calls.pattern",
-            '"subscription" is not available in this version; write "streaming" or "pay_per_token"',
+            "plans.site.tranches",
+            'is required; write tranches = [{ name = "draft", amount = "2.50" }]',
+        ),
+        ("plans.answer.deposit", 'is required; write deposit = "10.00"'),
+        (
+            "plans.answer.steps",
+            'is required; write steps = [{ score = "0.9", share = "1" }, { score = "0.7", share',
+        ),
+        ("plans.weekly.fee", 'is required; write fee = "10.00"'),
+        (
+            "plans.weekly.rates",
+            'is required; write rates = [{ meter = "tokens", price = "0.002" }]',
+        ),
+        (
+            "plans.weekly.deposit",
+            "is required: usage beyond the fee is drawn on an escrow of its own, which is the",
+        ),
+        (
+            "plans.weekly.settle",
+            "has no threshold, so nothing would be paid before the deadline; write at least one",
         ),
     ],
     "per_below_one": [("plans.calls.rates[0].per", "write at least 1")],
+    "percent_above_100": [
+        ("plans.share.rates[0].percent", 'must be at most 100; write for example "2.5"'),
+    ],
+    "period_shorter_than_a_doubt": [
+        (
+            "plans.pass.period",
+            "30m is shorter than a doubt needs (twice escrow.in_doubt_quarantine and a minute);",
+        ),
+    ],
     "plan_that_never_settles": [
         ("plans.calls.settle", "has no threshold, so nothing would be paid before the deadline"),
     ],
@@ -166,14 +383,53 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("plans.calls.rates", "write at least 1 of them"),
         ('plans."a b"', "write 1 to 128 letters, digits, _ . : or -"),
         ('plans."a b".rates', 'is required; write rates = [{ meter = "tokens", price = "0.002" }]'),
+        (
+            'plans."a b".settle',
+            "a streaming plan is paid in batches; write at least one of units, interval and",
+        ),
+    ],
+    "price_max_missing": [
+        (
+            "plans.calls.rates[1].model",
+            'sums what each event costs, which is nothing for a meter with aggregation = "max";',
+        ),
+        ("plans.calls.rates[0].price_max", 'is required; write price_max = "0.05"'),
+        (
+            "plans.calls.rates[0].per",
+            'says nothing under model = "dynamic", which is priced by price_max; remove it',
+        ),
+        (
+            "plans.calls.rates[0].free_units",
+            'says nothing under model = "dynamic", which is priced by price_max; remove it',
+        ),
+    ],
+    "price_of_another_model": [
+        (
+            "plans.calls.rates[0].percent",
+            'says nothing under model = "standard", which is priced by price; remove it',
+        ),
+        (
+            "plans.calls.rates[1].tiers",
+            'is required; write tiers = [{ up_to = 1000, price = "0.01" }, { price = "0.005" }]',
+        ),
+        (
+            "plans.calls.rates[1].price",
+            'says nothing under model = "volume", which is priced by tiers; remove it',
+        ),
+        (
+            "plans.calls.rates[2].per",
+            'says nothing under model = "percentage", which is priced by percent; remove it',
+        ),
     ],
     "price_of_nothing": [
+        ("plans.less.rates[0].price", 'must not be below 0; write for example "0.002"'),
         ("plans.calls.rates[0].price", 'must be greater than 0; write for example "0.002"'),
-        ("plans.calls.rates[1].price", "must be greater than 0"),
     ],
-    "rate_of_a_later_model": [
-        ("plans.calls.rates[0].model", '"graduated" is not available in this version; write "st'),
-        ("plans.calls.rates[0].tiers", "is not available in this version: write price, and model"),
+    "quota_on_an_unknown_meter": [
+        (
+            "plans.pass.quota.meter",
+            'there is no meter "request"; write [meters.request]; did you mean "requests"?',
+        ),
     ],
     "rate_of_an_unknown_meter": [
         (
@@ -188,22 +444,56 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "release_max_below_quantum": [("escrow.release_max", "is below quantum")],
+    "roles_that_do_not_fit": [
+        (
+            "agreements[0].escrows",
+            'plan "weekly" draws on base and overage; write escrows = { base = "esc_1f20b6",',
+        ),
+        (
+            "agreements[1].escrows",
+            'plan "stream" draws on main; write escrows = { main = "esc_9a81c4" }',
+        ),
+    ],
     "secret_in_a_missing_file": [
         ("http.tokens[0].token_file", "cannot read no/such/token: No such file or directory"),
         ("escrow.api_key_file", "cannot read no/such/file: No such file or directory; write the"),
     ],
     "secret_that_ends_a_header": [("escrow.api_key", "may hold only visible ASCII characters")],
     "secret_twice": [("escrow.api_key_file", "stands beside api_key; write one of the two")],
+    "share_above_one": [
+        ("plans.answer.steps[0].score", 'a score is from 0 to 1; write for example "0.9"'),
+        (
+            "plans.answer.steps[0].share",
+            'must be at most 1, which is all of it; write for example "0.70"',
+        ),
+        ("plans.answer.steps[1].share", 'must be greater than 0; write for example "0.70"'),
+    ],
+    "share_that_is_no_amount": [
+        (
+            "plans.answer.steps[0].share",
+            "of the deposit (1.000001) is no amount with twelve decimals; write fewer decimals",
+        ),
+    ],
     "source_of_no_kind": [
         ("sources[0]", 'write kind = "redis" or kind = "mqtt"'),
         ("sources[1]", 'there is no kind "reddis"; did you mean "redis"?'),
         ("sources[2]", "needs no entry: POST /v1/events is served at http.listen; remove"),
     ],
     "sources_with_one_name": [
-        ("sources[1].name", 'sources[0] is named "redis" too; write another')
+        ("sources[1].name", 'sources[0] is named "redis" too; write another'),
     ],
     "sources_with_one_session": [
         ("sources[1].client_id", 'sources[0] is "meterd" at the same broker too'),
+    ],
+    "steps_out_of_order": [
+        (
+            "plans.answer.steps[2].score",
+            "is out of order: the scores must fall (or rise) from step to step; sort the steps",
+        ),
+        (
+            "plans.answer.steps[3].score",
+            "is out of order: the scores must fall (or rise) from step to step; sort the steps",
+        ),
     ],
     "store_of_a_later_version": [
         ("store.kind", 'store "redis" is not available in this version; write "sqlite"'),
@@ -220,9 +510,25 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("sources", "write a list in [ ]"),
         ("plans", "write a table of key = value"),
     ],
-    "tables_of_a_later_version": [
-        ("wallet", "is not available in this version: no plan of it draws on a wallet"),
-        ("discover", "is not available in this version: name each escrow in [[agreements]]"),
+    "tiers_out_of_order": [
+        (
+            "plans.calls.rates[0].tiers[1].up_to",
+            "is not above the 1000 of the tier before; write the tiers in ascending order",
+        ),
+    ],
+    "tiers_without_an_open_end": [
+        (
+            "plans.calls.rates[0].tiers",
+            "has no price for more than 2000 units; add a last tier without up_to",
+        ),
+        (
+            "plans.calls.rates[1].tiers[0].up_to",
+            "is required on all tiers but the last; write up_to = 1000",
+        ),
+        (
+            "plans.calls.rates[1].tiers[1]",
+            'has no price; write price = "0.01", or price = "0" where it is free',
+        ),
     ],
     "token_that_can_be_guessed": [
         ("http.tokens[1].token", "is required; write token_file, or token itself"),
@@ -233,6 +539,15 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     "tokens_alike": [
         ("http.tokens[1].name", 'an earlier token is named "a" too; write another name'),
         ("http.tokens[1].token", "is the token of an earlier entry too; write one of its own"),
+    ],
+    "tranche_twice": [
+        ("plans.site.tranches[1].name", 'tranches[0] is named "draft" too; write another name'),
+    ],
+    "tranches_above_the_deposit": [
+        (
+            "plans.site.tranches",
+            "sum up to 10.00, which is above deposit (9.00); lower them, or raise deposit",
+        ),
     ],
     "unknown_key": [
         ("daemon.drain_timout", 'there is no such key; did you mean "drain_timeout"?'),
@@ -245,6 +560,90 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("escrow.voids_per_day", "write a whole number without quotes"),
         ("escrow.strict", "write true or false without quotes"),
         ("escrow.concurrency", "write a whole number without quotes"),
+    ],
+    "versions_out_of_order": [
+        (
+            "plans.calls.versions[1].fee",
+            'is no key of a pay_per_token plan; remove it, or write pattern = "subscription"',
+        ),
+        (
+            "plans.calls.versions[1].effective_from",
+            "is not after the version before it; write the versions oldest first",
+        ),
+        ("plans.calls.versions[2]", "changes nothing; write rates, fee or both, or remove it"),
+    ],
+    "wallet_that_is_locked": [
+        ("plans.calls.deposit", 'a wallet is not locked; remove it, or write draws_on = "escrow"'),
+        (
+            "plans.calls.auto_release_hours",
+            'a wallet is not locked; remove it, or write draws_on = "escrow"',
+        ),
+        ("plans.calls.at_close", 'a wallet is not locked; remove it, or write draws_on = "escrow"'),
+        (
+            "plans.calls.settle.escrow_percent",
+            "has no deposit to be a share of, since the plan draws on a wallet; remove it",
+        ),
+    ],
+    "wallet_under_an_escrow_plan": [
+        (
+            "agreements[0].escrows",
+            'plan "calls" draws on wallet; write escrows = { wallet = "agent-consumer" }',
+        ),
+        (
+            "agreements[1].escrows",
+            'plan "locked" draws on main; write escrows = { main = "esc_9a81c4" }',
+        ),
+    ],
+}
+
+# Each file that loads with a word, with its notes.
+NOTED: dict[str, list[tuple[str, str]]] = {
+    "deposit_below_one": [
+        (
+            "plans.pass.fee",
+            "0.50 is below 1.00, the least that the usual escrow service locks; meterd open may",
+        ),
+        (
+            "plans.site.tranches",
+            "0.25 is below 1.00, the least that the usual escrow service locks; meterd open may",
+        ),
+        (
+            "plans.weekly.fee",
+            "0.50 is below 1.00, the least that the usual escrow service locks; meterd open may",
+        ),
+        (
+            "plans.weekly.deposit",
+            "0.75 is below 1.00, the least that the usual escrow service locks; meterd open may",
+        ),
+    ],
+    "dimension_that_no_event_carries": [
+        (
+            "plans.tokens.rates[0].where.model",
+            'events of type "completion" carry no model; name it in meters.tokens.dimensions,',
+        ),
+    ],
+    "fee_above_release_max": [
+        (
+            "plans.pass.fee",
+            "is above escrow.release_max (2.00), so it is paid in several releases, as far apart",
+        ),
+        (
+            "plans.site.tranches[1].amount",
+            "is above escrow.release_max (2.00), so it is paid in several releases, as far apart",
+        ),
+        (
+            "plans.answer.deposit",
+            "is above escrow.release_max (2.00), so it is paid in several releases, as far apart",
+        ),
+    ],
+    "fee_left_to_an_unknown_deadline": [
+        (
+            "plans.pass.at_period_end",
+            '"auto" leaves the fee to the service, and escrow.on_deadline = "unknown"; write',
+        ),
+    ],
+    "meter_that_no_rate_prices": [
+        ("meters.spare", "no plan has a rate for it, so events that name it are rejected"),
     ],
 }
 
@@ -267,6 +666,19 @@ def test_load_takes_a_good_file_without_a_word(file: Path):
 
     assert notes == []
     assert isinstance(settings, Settings)
+
+
+@pytest.mark.parametrize("name", sorted(NOTED))
+def test_load_takes_a_noteworthy_file_with_its_notes(name: str):
+    """What is allowed but deserves a word gives exactly its notes, each with its key."""
+    notes: list[Mistake] = []
+
+    config.load(NOTEWORTHY / f"{name}.toml", KEY, warn=notes.append)
+
+    assert [key for key, _ in NOTED[name]] == [note.key for note in notes]
+    assert [
+        note for note, (_, part) in zip(notes, NOTED[name], strict=True) if part not in str(note)
+    ] == []
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -320,8 +732,9 @@ def test_a_spoilt_file_is_settings_or_mistakes_with_sentences(
 
 
 def test_every_bad_file_is_expected_and_every_expected_one_exists():
-    """No bad file stands unused."""
+    """No bad file stands unused, and no noteworthy one."""
     assert sorted(EXPECTED) == sorted(file.stem for file in BAD.glob("*.toml"))
+    assert sorted(NOTED) == sorted(file.stem for file in NOTEWORTHY.glob("*.toml"))
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -456,9 +869,10 @@ def test_secrets_refuse_to_be_pickled_and_compare_by_their_text():
 
 def test_settings_list_their_secrets_for_the_mask():
     """Everything to hide is listed, a password inside an address in both of its forms."""
-    secrets = list(config.load(GOOD / "every_source.toml", KEY).secrets())
+    environ = {**KEY, "METERD_WALLET__API_KEY": "wallet-key"}
+    secrets = list(config.load(GOOD / "every_source.toml", environ).secrets())
 
-    assert secrets == [CANARY, "p%40ss", "p@ss", "hunter2 hunter2"]
+    assert secrets == [CANARY, "wallet-key", "p%40ss", "p@ss", "hunter2 hunter2"]
 
 
 def test_settings_cannot_be_changed():
@@ -518,6 +932,156 @@ def test_a_deadline_that_is_too_close_for_a_doubt_is_noted_only():
     config.parse(text, KEY, warn=notes.append)
 
     assert [note.key for note in notes] == ["plans.calls.settle.before_deadline"]
+
+
+# Plans
+
+
+def plan(pattern: str, keys: str = "") -> PlanSettings:
+    text = f'[meters.units]\n[plans.one]\npattern = "{pattern}"\n{keys}\n'
+    return config.parse(text, KEY).plans["one"]
+
+
+def test_the_words_of_the_configuration_are_those_of_the_core():
+    """The configuration does not import what it names, so each list is held against the core's."""
+    assert set(PATTERNS) == set(Pattern)
+    assert set(MODELS) == set(Model)
+    assert set(AGGREGATIONS) == set(Aggregation)
+    assert all(name.startswith("meterd.") for name in OWN_METERS)
+
+
+def test_every_pattern_has_its_keys_and_every_key_its_patterns():
+    """What a pattern cannot do without belongs to it, and every key of the table exists."""
+    assert set(REQUIRED_OF) == set(PATTERNS)
+    assert set(PATTERNS_OF) <= set(keys_of(PlanSettings))
+    assert all(
+        pattern in PATTERNS_OF.get(key, PATTERNS)
+        for pattern, keys in REQUIRED_OF.items()
+        for key in keys
+    )
+
+
+RATES = 'rates = [{ meter = "units", price = "0.01" }]\nsettle = { units = 100 }'
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys", "roles", "deposits", "hours", "close"),
+    [
+        ("pay_per_call", RATES, ("wallet",), (), None, "leave"),
+        ("pay_per_call", f'draws_on = "escrow"\n{RATES}', ("main",), (), None, "leave"),
+        ("pay_per_token", RATES, ("main",), (), None, "leave"),
+        ("streaming", f'deposit = "10"\n{RATES}', ("main",), (("main", 10**7),), None, "refund"),
+        ("subscription", 'fee = "10"', ("main",), (("main", 10**7),), 168, "leave"),
+        (
+            "subscription",
+            'fee = "5"\nperiod = "90m"',
+            ("main",),
+            (("main", 5 * 10**6),),
+            2,
+            "leave",
+        ),
+        (
+            "subscription",
+            'fee = "5"\nversions = [{ effective_from = 2027-01-01T00:00:00Z, fee = "6" }]',
+            ("main",),
+            (("main", 6 * 10**6),),
+            168,
+            "leave",
+        ),
+        (
+            "milestone",
+            'tranches = [{ name = "a", amount = "2.50" }, { name = "b", amount = "5" }]',
+            ("main",),
+            (("main", 7_500_000),),
+            None,
+            "leave",
+        ),
+        (
+            "performance",
+            'deposit = "10"\nsteps = [{ score = "0.9", share = "1" }]',
+            ("main",),
+            (("main", 10**7),),
+            None,
+            "refund",
+        ),
+        (
+            "hybrid",
+            f'fee = "5"\ndeposit = "2"\nat_close = "leave"\n{RATES}',
+            ("base", "overage"),
+            (("base", 5 * 10**6), ("overage", 2 * 10**6)),
+            168,
+            "leave",
+        ),
+    ],
+)
+def test_a_plan_says_what_it_locks_and_for_how_long_when_the_file_does_not(
+    pattern: str,
+    keys: str,
+    roles: tuple[str, ...],
+    deposits: tuple[tuple[str, int], ...],
+    hours: int | None,
+    close: str,
+):
+    """Roles, deposits, the service's deadline and the end follow from the pattern."""
+    one = plan(pattern, keys)
+
+    assert (roles, deposits, hours, close) == (one.roles, one.deposits, one.hours, one.close)
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [
+        ("2026-12-01T00:00:00Z", 1_796_083_200_000),
+        ("2026-12-01 01:00:00.250+01:00", 1_796_083_200_250),
+        ("1970-01-01T00:00:00Z", 0),
+    ],
+)
+def test_moments_are_whole_milliseconds_of_utc(text: str, ms: int):
+    """A zone is read, and TOML's own moments are the same as those in quotes."""
+    moment = tomllib.loads(f"at = {text}")["at"]
+
+    assert (ms, ms) == (values.read_moment(text), values.read_moment(moment))
+    assert ms == values.read_moment(values.moment_text(ms))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "soon", "2026-12-01", "2026-12-01T00:00:00", "1969-12-31T00:00:00Z", 5, True, None],
+)
+def test_what_is_no_moment_is_refused(given: object):
+    """A moment without a zone is none: it would mean another time on another machine."""
+    with pytest.raises(ValidationError):
+        TypeAdapter(values.Moment).validate_python(given)
+
+
+@given(key=st.binary(min_size=32, max_size=32))
+def test_a_public_key_is_read_in_hex_and_in_any_base64(key: bytes):
+    """Padded or not, with the letters of files or of addresses."""
+    plain, safe = base64.b64encode(key).decode(), base64.urlsafe_b64encode(key).decode()
+    texts = [key.hex(), key.hex().upper(), plain, plain.rstrip("="), safe, safe.rstrip("=")]
+
+    assert [key] * 6 == [values.read_public_key(text) for text in texts]
+
+
+@given(text=st.text(max_size=70))
+def test_any_text_for_a_public_key_is_a_key_or_a_refusal(text: str):
+    """Nothing else than 32 bytes passes."""
+    try:
+        key = TypeAdapter(values.PublicKey).validate_python(text)
+    except ValidationError:
+        return
+
+    assert len(key) == 32
+
+
+def test_settings_are_written_as_json_in_words_that_can_be_read_again():
+    """Moments, keys and amounts go out as texts."""
+    settings = config.load(GOOD / "outcome_key_of_another_length.toml", KEY)
+    versions = config.load(GOOD / "versions_out_of_order.toml", KEY)
+
+    assert settings.plans["other"].outcome_key is not None
+    assert settings.plans["other"].outcome_key.hex() in settings.model_dump_json()
+    assert "2026-12-01T00:00:00Z" in versions.model_dump_json()
 
 
 # Where the file is
@@ -630,7 +1194,7 @@ def test_a_bad_value_of_the_environment_is_named_with_its_variable():
         ("METERD_ESCROW__STRICT__NOW", 'did you mean "METERD_ESCROW__STRICT"?'),
         ("METERD_DAEMON", "there is no such setting"),
         ("METERD_", "meterd config example shows all there are"),
-        ("METERD_WALLET__BASE_URL", "is not available in this version"),
+        ("METERD_WALLET__BASE_UL", 'did you mean "METERD_WALLET__BASE_URL"?'),
         ("METERD_STORE__URL", "is not available in this version"),
         ("METERD_SOURCES__EDGE__URL", 'the file has no entry of sources named "edge"'),
     ],
@@ -779,13 +1343,23 @@ def tables_of_the_example() -> Iterator[tuple[str, type[Table], dict[str, object
             yield name, shape.tables[""], raw[name]
     yield "http.tokens", TokenSettings, raw["http"]["tokens"][0]
     yield "escrow.paths", config.EscrowPaths, raw["escrow"]["paths"]
+    yield "wallet.paths", WalletPaths, raw["wallet"]["paths"]
     yield "sources.redis", RedisSourceSettings, raw["sources"][0]
     yield "sources.mqtt", MqttSourceSettings, raw["sources"][1]
     yield "meters", MeterSettings, raw["meters"]["tokens"]
-    yield "plans", PlanSettings, raw["plans"]["tokens"]
-    yield "plans.rates", RateSettings, raw["plans"]["tokens"]["rates"][0]
-    yield "plans.settle", SettleSettings, raw["plans"]["tokens"]["settle"]
+    plan = raw["plans"]["tokens"]
+    yield "plans", PlanSettings, plan
+    yield "plans.rates", RateSettings, plan["rates"][0]
+    yield "plans.rates.tiers", TierSettings, plan["rates"][0]["tiers"][0]
+    yield "plans.settle", SettleSettings, plan["settle"]
+    yield "plans.gate", GateSettings, plan["gate"]
+    yield "plans.versions", VersionSettings, plan["versions"][0]
+    yield "plans.quota", QuotaSettings, plan["quota"]
+    yield "plans.tranches", TrancheSettings, plan["tranches"][0]
+    yield "plans.steps", StepSettings, plan["steps"][0]
     yield "agreements", AgreementSettings, raw["agreements"][0]
+    yield "agreements.escrows", AgreementEscrows, raw["agreements"][0]["escrows"]
+    yield "discover", DiscoverSettings, raw["discover"][0]
 
 
 @pytest.mark.parametrize(
@@ -811,7 +1385,7 @@ def test_the_example_has_every_key_with_its_default(model: type[Table], table: d
 
 
 # Keys whose line in the example shows a use instead of the default.
-ILLUSTRATED = {(RateSettings, "per")}
+ILLUSTRATED = {(RateSettings, "per"), (TierSettings, "price"), (TierSettings, "flat")}
 
 
 def test_every_key_of_the_example_has_its_comment():
