@@ -13,7 +13,7 @@ import pytest
 from meterd.core.settlement import AnswerKind, Reading, Release, ReleaseStatus
 from meterd.errors import Refused
 from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths, Listing
-from meterd.escrow.outcomes import Unread
+from meterd.escrow.outcomes import Created, CreateFailed, Unread
 from meterd.sandbox.server import API, SandboxSettings, running
 
 PROVIDER, PAYER = "pf_live_sandbox_provider", "pf_live_sandbox_payer"
@@ -48,11 +48,16 @@ class World:
         log = await self.call("GET", f"/_operations?kind=release_partial&escrow_id={escrow}")
         return [row["amount"] for row in log["operations"]]
 
-    async def arrived(self, escrow: str) -> int:
-        """How many releases were asked for, whatever became of them."""
-        log = await self.call("GET", f"/_requests?call=release_partial&escrow_id={escrow}")
+    async def arrived(self, escrow: str, call: str = "release_partial") -> int:
+        """How many such calls came, whatever became of them."""
+        log = await self.call("GET", f"/_requests?call={call}&escrow_id={escrow}")
         count: int = log["count"]
         return count
+
+    async def moved(self, kind: str) -> list[str]:
+        """The truth of another kind of call, over all escrows."""
+        log = await self.call("GET", f"/_operations?kind={kind}")
+        return [row["amount"] for row in log["operations"]]
 
     async def read(self, escrow: str) -> Reading:
         got = await self.client.read(escrow)
@@ -290,6 +295,174 @@ async def test_list_has_every_escrow_of_the_agent_with_its_memo(here):
     assert {row.reading.escrow for row in listing.escrows} == escrows
     assert {row.memo for row in listing.escrows} == {f"inference_stream:{n}" for n in range(60)}
     assert (listing.skipped, listing.complete) == (0, True)
+
+
+# --- creations ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def payers(tmp_path):
+    """A client that holds the payer's key, so that it may lock escrows."""
+    async with world(tmp_path / "sandbox.db", key=PAYER) as made:
+        yield made
+
+
+def unique() -> tuple[str, str]:
+    """A memo that no other escrow has, and its key."""
+    key = f"esc_{secrets.token_hex(12)}"
+    return f"inference_stream {key}", key
+
+
+async def test_creation_locks_what_was_asked_and_is_found_by_its_memo(payers):
+    """The answer has the new escrow's facts; the list has the same, with payer and time."""
+    memo, key = unique()
+
+    made = await payers.client.create("agent_provider", 2_500_000, memo, 48, key)
+    listing = await payers.client.list_escrows("agent_payer")
+
+    assert isinstance(made, Created)
+    assert isinstance(listing, Listing)
+    [found] = listing.with_memo(memo)
+    facts = [
+        (one.id, one.total, one.memo, one.provider, one.creator, one.status, one.created_at)
+        for one in (made.escrow, found)
+    ]
+    assert facts[0] == facts[1]
+    assert facts[0][1:6] == (2_500_000, memo, "agent_provider", "agent_payer", "funded")
+    assert made.escrow.deadline is not None
+    assert made.escrow.created_at is not None
+    assert made.escrow.deadline - made.escrow.created_at == 48 * 3_600_000
+    assert await payers.moved("create") == ["2.50"]
+
+
+# (fault, told, kind of the failure, escrows then)
+CREATE_FAULTS: tuple[tuple[str, dict[str, Any], AnswerKind, int], ...] = (
+    ("error_500_before", {}, AnswerKind.DOUBT, 0),
+    ("error_500_after", {}, AnswerKind.DOUBT, 1),
+    ("close_before", {}, AnswerKind.DOUBT, 0),
+    ("close_after", {}, AnswerKind.DOUBT, 1),
+    ("close_during_answer", {}, AnswerKind.DOUBT, 1),
+    ("land_late", {}, AnswerKind.DOUBT, 0),
+    ("land_late", {"status": 201}, AnswerKind.DOUBT, 0),
+    ("html_page", {"status": 404}, AnswerKind.DOUBT, 1),
+    ("truncated_json", {}, AnswerKind.DOUBT, 1),
+    ("empty_200", {}, AnswerKind.DOUBT, 1),
+    ("empty_object_200", {}, AnswerKind.DOUBT, 1),
+    ("released_above_total", {}, AnswerKind.DOUBT, 1),
+    ("endless_body", {}, AnswerKind.DOUBT, 1),
+    ("redirect", {"status": 308}, AnswerKind.DOUBT, 0),
+    ("rate_limit", {"retry_after": "7"}, AnswerKind.LIMITED, 0),
+    ("conflict_409", {}, AnswerKind.CONFLICT, 0),
+    ("unauthorized_401", {}, AnswerKind.KEY_REFUSED, 0),
+)
+
+
+@pytest.mark.parametrize(
+    "row", CREATE_FAULTS, ids=[f"{n}-{r[0]}" for n, r in enumerate(CREATE_FAULTS)]
+)
+async def test_creation_that_meets_a_fault_leaves_once_and_the_list_decides(payers, row):
+    """What is not certain is a doubt, and the list shows by the memo whether there is an escrow."""
+    kind, told, expected, escrows = row
+    memo, key = unique()
+    await payers.fault(kind, call="create", **told)
+
+    got = await payers.client.create("agent_provider", 1_000_000, memo, None, key)
+    listing = await payers.client.list_escrows("agent_payer")
+
+    assert isinstance(got, CreateFailed), got
+    assert (got.kind, got.retry_after) == (expected, 7.0 if "retry_after" in told else None)
+    assert PAYER not in got.detail
+    assert isinstance(listing, Listing)
+    assert len(listing.with_memo(memo)) == escrows
+    assert (await payers.call("GET", "/_requests?call=create"))["count"] == 1
+
+
+@pytest.mark.parametrize(
+    "fault", ["numbers_instead_of_strings", "float_noise", "extra_fields", "delay_answer"]
+)
+async def test_creation_is_read_through_noise(payers, fault):
+    """What only looks odd is a creation all the same."""
+    memo, key = unique()
+    told = {"seconds": 0.01} if fault == "delay_answer" else {}
+    await payers.fault(fault, call="create", **told)
+
+    made = await payers.client.create("agent_provider", 14_850_000, memo, None, key)
+
+    assert isinstance(made, Created), made
+    assert (made.escrow.total, made.escrow.deadline) == (14_850_000, None)
+
+
+async def test_refusals_of_a_creation_are_told_apart(payers):
+    """Too little is declined, too much is empty; nothing is locked."""
+    answers = []
+    for amount in (999_999, 10_001_000_000):
+        memo, key = unique()
+        answers.append(await payers.client.create("agent_provider", amount, memo, None, key))
+
+    assert [answer.kind for answer in answers if isinstance(answer, CreateFailed)] == [
+        AnswerKind.DECLINED,
+        AnswerKind.EMPTY,
+    ]
+    assert await payers.moved("create") == []
+
+
+# --- the rest of an escrow ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "status"), [("refund_rest", "refunded"), ("release_rest", "released")]
+)
+async def test_rest_goes_one_way_and_a_repeat_finds_nothing_left(here, call, status):
+    """All that remains moves once; asked again, the service has nothing to move."""
+    escrow = await here.escrow()
+    await here.client.release_partial(release(escrow))
+    ask = getattr(here.client, call)
+
+    first = await ask(escrow, "close_1")
+    again = await ask(escrow, "close_2")
+
+    paid = ASKED if call == "refund_rest" else 10_000_000
+    assert (first.kind, first.released) == (AnswerKind.CONFIRMED, paid)
+    assert again.kind is AnswerKind.CONFLICT
+    got = await here.read(escrow)
+    assert (got.status, got.remaining, got.released) == (status, 0, paid)
+    assert await here.moved(call.removesuffix("_rest")) == ["9.90"]
+
+
+REST_FAULTS: tuple[tuple[str, AnswerKind, int], ...] = (
+    ("error_500_before", AnswerKind.DOUBT, 0),
+    ("error_500_after", AnswerKind.DOUBT, 1),
+    ("close_after", AnswerKind.DOUBT, 1),
+    ("land_late", AnswerKind.DOUBT, 0),
+    ("truncated_json", AnswerKind.DOUBT, 1),
+    ("empty_200", AnswerKind.DOUBT, 1),
+    ("empty_object_200", AnswerKind.DOUBT, 1),
+    ("wrong_escrow_id", AnswerKind.DOUBT, 1),
+    ("redirect", AnswerKind.DOUBT, 0),
+    ("rate_limit", AnswerKind.LIMITED, 0),
+    ("unauthorized_401", AnswerKind.KEY_REFUSED, 0),
+    ("float_noise", AnswerKind.CONFIRMED, 1),
+)
+
+
+@pytest.mark.parametrize("call", ["refund_rest", "release_rest"])
+@pytest.mark.parametrize("row", REST_FAULTS, ids=[row[0] for row in REST_FAULTS])
+async def test_rest_that_meets_a_fault_leaves_once_and_a_reading_decides(here, call, row):
+    """One request arrives; what is not certain is a doubt, and a repeat moves nothing twice."""
+    kind, expected, moved = row
+    escrow, name = await here.escrow(), call.removesuffix("_rest")
+    await here.fault(kind, call=name)
+
+    answer = await getattr(here.client, call)(escrow, "close_1")
+
+    assert answer.kind is expected, answer
+    assert await here.arrived(escrow, name) == 1
+    assert (await here.read(escrow)).remaining == (0 if moved else 10_000_000)
+    await getattr(here.client, call)(escrow, "close_1")
+    assert await here.moved(name) == ["10.00"]
+
+
+# --- the probe ------------------------------------------------------------------------------------
 
 
 async def test_probe_passes_the_sandbox_and_moves_nothing(here):

@@ -254,6 +254,53 @@ async def test_wallets_are_debited_and_the_faucet_gives_once(client):
     assert (await client.get("/wallet/nobody")).status == 404
 
 
+async def test_a_wallet_tells_each_payee_what_it_has_debited(client):
+    """The level and the history are of the payee that asks; the balance is of the payer."""
+    body = {"agent_id": "payer", "amount": "0.02", "memo": "m"}
+    first = await client.post("/wallet/debit", body, Idempotency_Key="k-1")
+    await client.post("/wallet/debit", {**body, "amount": "0.03"}, STRANGER)
+    second = await client.post("/wallet/debit", {**body, "amount": "0.01"})
+
+    assert (first.json["debited"], second.json["debited"]) == ("0.02", "0.03")
+    assert first.json["debit"]["gross_amount"] == "0.02"
+    wallet = (await client.get("/wallet/payer")).json
+    assert (wallet["balance"], wallet["debited"], wallet["to_agent_id"]) == (
+        "9999.94",
+        "0.03",
+        "provider",
+    )
+    assert [(d["gross_amount"], d["memo"], d["idempotency_key"]) for d in wallet["debits"]] == [
+        ("0.02", "m", "k-1"),
+        ("0.01", "m", None),
+    ]
+    assert (await client.get("/wallet/payer", STRANGER)).json["debited"] == "0.03"
+    assert (await client.get("/wallet/payer", PAYER)).json["debited"] == "0.00"
+
+
+async def test_a_wallet_shows_no_more_debits_than_clients_read(client):
+    """The history is bounded; the level is of all of them."""
+    body = {"agent_id": "payer", "amount": "0.01", "memo": "\U0001f600" * 280}
+    for _ in range(25):
+        await client.post("/wallet/debit", body)
+
+    got = await client.get("/wallet/payer")
+
+    assert (len(got.json["debits"]), got.json["debited"]) == (20, "0.25")
+    assert len(got.text.encode()) < 64 * 1024
+
+
+@pytest.mark.parametrize(("minimum", "status"), [(10_000, 400), (0, 200)])
+async def test_the_smallest_debit_is_a_setting(settings, minimum, status):
+    """What is below it is refused and moves nothing."""
+    async with client_of(replace(settings, wallet_minimum=minimum)) as client:
+        got = await client.post("/wallet/debit", {"agent_id": "payer", "amount": "0.009999"})
+        level = (await client.get("/wallet/payer")).json["debited"]
+
+    assert got.status == status
+    assert level == ("0.00" if status == 400 else "0.009999")
+    assert status == 200 or got.json["error"] == "amount_below_minimum"
+
+
 NEW = {"to_agent_id": "provider", "amount": "10.00"}
 PART = "/escrow/{id}/release-partial"
 REFUSALS = [
@@ -625,6 +672,32 @@ async def test_where_keys_are_honoured_what_lands_late_pays_no_second_time(setti
         assert await client.paid(escrow_id) == ["0.01"]
 
 
+async def test_where_keys_are_honoured_a_debit_is_made_once_for_each_payer_and_payee(settings):
+    """The key counts between two agents; late, repeated or at once, one debit moves money."""
+    async with client_of(replace(settings, honour_idempotency=True)) as client:
+        body = {"agent_id": "payer", "amount": "0.5"}
+        await client.create("1", memo="the payer used this key too")
+        await client.fault("land_late", call="debit", escrow_id="payer", seconds=60, status=504)
+        await client.post("/wallet/debit", body, Idempotency_Key="k")
+
+        answers = await asyncio.gather(
+            *(client.post("/wallet/debit", body, Idempotency_Key="k") for _ in range(20))
+        )
+        other = await client.post("/wallet/debit", {**body, "amount": "1"}, Idempotency_Key="k")
+        stranger = await client.post("/wallet/debit", body, STRANGER, Idempotency_Key="k")
+        await client.advance(61)
+
+        assert {(got.status, got.json["debited"]) for got in answers} == {(200, "0.50")}
+        assert len({got.json["debit"]["debit_id"] for got in answers}) == 1
+        assert (other.status, other.json["error"]) == (409, "idempotency_key_reused")
+        assert stranger.json["debited"] == "0.50"
+        log = await client.ask("GET", "/_operations?kind=debit&agent_id=payer", key=None)
+        assert [(op["to_agent_id"], op["amount"]) for op in log.json["operations"]] == [
+            ("provider", "0.50"),
+            ("stranger", "0.50"),
+        ]
+
+
 async def test_a_request_is_counted_while_its_answer_is_still_held_back(client):
     """A row that was sent was sent, whether or not an answer ever comes."""
     escrow_id = await client.create()
@@ -885,17 +958,20 @@ async def test_everything_is_there_after_a_restart(settings):
     async with client_of(settings) as client:
         escrow_id = await client.create(auto_release_hours=2)
         await client.release(escrow_id, "1", Idempotency_Key="k")
+        await client.post("/wallet/debit", {"agent_id": "payer", "amount": "1"}, STRANGER)
         await client.advance(3600)
         before = (await client.get(f"/escrow/{escrow_id}")).json
+        wallet = (await client.get("/wallet/payer", STRANGER)).json
 
     async with client_of(settings) as client:
         after = (await client.get(f"/escrow/{escrow_id}")).json
+        assert wallet == (await client.get("/wallet/payer", STRANGER)).json
         await client.advance(3601)
         ended = (await client.get(f"/escrow/{escrow_id}")).json
 
         assert before == after
         assert ended["status"] == "released"
-        assert (await client.get("/wallet/payer")).json["balance"] == "9990.00"
+        assert (await client.get("/wallet/payer")).json["balance"] == "9989.00"
 
 
 @pytest.mark.parametrize(
@@ -912,6 +988,7 @@ async def test_everything_is_there_after_a_restart(settings):
         ({"deadline": "nobody"}, "sandbox.deadline"),
         ({"fee_bps": 10_001}, "sandbox.fee_bps"),
         ({"rate_limit_per_minute": 0}, "sandbox.rate_limit_per_minute"),
+        ({"wallet_minimum": -1}, "sandbox.wallet_minimum"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, changed, key):

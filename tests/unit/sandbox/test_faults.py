@@ -131,3 +131,24 @@ def test_a_rule_for_repeats_waits_for_a_repeat():
 def test_an_answer_is_spoiled_in_exactly_this_way(kind, told, expected):
     """The digits on the wire are the ones a client must cope with."""
     assert expected in msgspec.json.encode(spoiled(kind, ANSWER, told))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("numbers_instead_of_strings", b'"balance":9.98,"debited":0.02}'),
+        ("float_noise", b'"debited":0.020000000000001}'),
+        ("wrong_escrow_id", b'{"agent_id":"agent_AAAAAAAAAAAAAAAAAAAAAA",'),
+        ("released_above_total", b'"debited":"1.02"}'),
+    ],
+)
+def test_an_answer_about_a_wallet_is_spoiled_in_its_own_fields(kind, expected):
+    """The faults of an escrow's answer have their like in a wallet's."""
+    wallet = {"agent_id": "payer", "balance": "9.98", "debited": "0.02"}
+
+    assert expected in msgspec.json.encode(spoiled(kind, wallet, {}))
+
+
+def test_a_broken_figure_of_an_answer_without_figures_leaves_it_alone():
+    """There is nothing in it that could be too much."""
+    assert spoiled("released_above_total", {"error": "x"}, {}) == {"error": "x"}

@@ -306,3 +306,39 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_a_debit_raises_the_level_of_its_payee_alone():
+    """What one payee took from a payer says nothing of another."""
+    books = funded()
+    for payee, gross in ((PROVIDER, 3), ("other", 5), (PROVIDER, 4)):
+        change = ledger.debit(books, payee, gross, Ask(PAYER), NOW_MS)
+        assert isinstance(change, Change)
+        ledger.apply(books, change)
+        assert change.debited == ledger.debited(books, PAYER, payee)
+
+    wallet = ledger.wallet(books, PAYER)
+    assert (dict(wallet.debited), wallet.balance) == ({PROVIDER: 7, "other": 5}, 90 * MICROS - 12)
+
+
+def test_a_state_of_a_wallet_does_not_change_with_the_next_debit():
+    """A reading of the past stays what it was."""
+    books = funded()
+    before = ledger.wallet(books, PAYER)
+    change = ledger.debit(books, PROVIDER, 3, Ask(PAYER), NOW_MS)
+    assert isinstance(change, Change)
+    ledger.apply(books, change)
+
+    assert (dict(before.debited), before.balance) == ({}, 90 * MICROS)
+
+
+def test_a_debit_below_the_minimum_is_refused():
+    """The minimum itself is enough."""
+    books = funded()
+    books.wallet_minimum = 10
+
+    refused = ledger.debit(books, PROVIDER, 9, Ask(PAYER), NOW_MS)
+
+    assert isinstance(refused, Refusal)
+    assert refused.code is Code.AMOUNT_BELOW_MINIMUM
+    assert isinstance(ledger.debit(books, PROVIDER, 10, Ask(PAYER), NOW_MS), Change)

@@ -47,6 +47,9 @@ def some_life(books: Books, releases: int) -> list[Change]:
     for number in range(releases):
         ask = Ask("provider", None, f"key-{number + 1}")
         changes.append(booked(books, ledger.release_part(books, "e1", 7, ask, 3 + number)))
+    for number in range(2):
+        ask = Ask("payer", None, f"debit-{number}")
+        changes.append(booked(books, ledger.debit(books, "provider", 5, ask, 99)))
     return changes
 
 
@@ -65,6 +68,8 @@ async def test_everything_that_was_saved_is_read_back(data_file):
 
     assert books == read
     assert [op.key for op in histories["e1"]] == [f"key-{n}" for n in range(6, HISTORY_MAX + 6)]
+    assert [op.key for op in histories["payer", "provider"]] == ["debit-0", "debit-1"]
+    assert read.debited == {"payer": {"provider": 10}}
     assert clock == -77
 
 
@@ -109,6 +114,31 @@ def test_a_file_of_something_else_is_refused(data_file):
     with pytest.raises(StoreCorrupt):
         opened(data_file)
     assert data_file.read_bytes().startswith(b"these are my notes")
+
+
+async def test_a_file_of_the_version_before_is_carried_over(data_file):
+    """Its debits name no payee and count for none; new ones are counted."""
+    store, books = opened(data_file), Books(100)
+    for change in some_life(books, 1):
+        store.save(change)
+    await store.close()
+    connection = sqlite3.connect(data_file)
+    connection.executescript(
+        "DROP INDEX debits; ALTER TABLE operations DROP COLUMN payee; PRAGMA user_version = 1;"
+    )
+    connection.close()
+
+    again = opened(data_file)
+    read, _ = again.load(100)
+    before = dict(read.debited)
+    again.save(booked(read, ledger.debit(read, "provider", 5, Ask("payer"), 100)))
+    await again.close()
+    last = opened(data_file)
+    after, _ = last.load(100)
+    await last.close()
+
+    assert (before, after.debited) == ({}, {"payer": {"provider": 5}})
+    assert after == read
 
 
 def test_a_file_of_another_version_is_refused(data_file):
