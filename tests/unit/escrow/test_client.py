@@ -15,7 +15,7 @@ from meterd.core.settlement import Answer, AnswerKind, Reading, Release, Release
 from meterd.errors import ConfigurationError, Refused, Unavailable
 from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths, Listing
 from meterd.escrow.documents import BODY_BYTES_MAX
-from meterd.escrow.outcomes import Unread
+from meterd.escrow.outcomes import Created, CreateFailed, Unread
 
 KEY = "pf_live_0a1B2c3D4e5F6g7H8i9J"
 RELEASE = Release("rel_77", "esc_1", 2, 0, ReleaseStatus.SENT, "amount", 0, 0, ())
@@ -395,6 +395,135 @@ async def test_list_of_no_agent_is_refused():
             await client.list_escrows("a b")
 
 
+# --- creations and the rest -----------------------------------------------------------------------
+
+CREATED = ESCROW | {"released_amount": "0.00", "remaining": "10.00", "memo": "stream esc_k1"}
+WANTED = ("agent:payee", 10_000_000, "stream esc_k1")
+
+
+async def test_creation_is_asked_as_the_contract_has_it():
+    """One POST with a plain decimal text, the memo and the key; hours only where there are some."""
+    service = Recorder(201, CREATED)
+    async with serving(service) as client:
+        made = [await client.create(*WANTED, hours, "esc_k1") for hours in (None, 168)]
+
+    assert all(isinstance(one, Created) and one.escrow.id == "esc_1" for one in made)
+    assert [row[:2] for row in service.asked] == [("POST", "/api/v1/escrow")] * 2
+    assert service.asked[0][3] == (
+        b'{"to_agent_id": "agent:payee", "amount": "10.00", "memo": "stream esc_k1"}'
+    )
+    assert service.asked[1][3].endswith(b', "auto_release_hours": 168}')
+    assert service.asked[0][2]["Idempotency-Key"] == "esc_k1"
+    assert service.asked[0][2]["Connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"amount": 0}, "more than 0"),
+        ({"amount": -1}, "more than 0"),
+        ({"amount": 1.0}, "whole micros"),
+        ({"amount": True}, "whole micros"),
+        ({"amount": "10.00"}, "whole micros"),
+        ({"to_agent_id": "a b"}, "agent"),
+        ({"to_agent_id": ".."}, "agent"),
+        ({"memo": ""}, "memo"),
+        ({"memo": "m" * 201}, "memo"),
+        ({"memo": "a\nb"}, "memo"),
+        ({"memo": "two  blanks"}, "memo"),
+        ({"memo": f"my {KEY}"}, "memo"),
+        ({"auto_release_hours": 0}, "hours"),
+        ({"auto_release_hours": 1.5}, "hours"),
+        ({"auto_release_hours": True}, "hours"),
+        ({"key": "a b"}, "key"),
+        ({"key": "k" * 65}, "key"),
+    ],
+    ids=str,
+)
+async def test_creation_that_makes_no_sense_is_refused_before_anything_is_sent(changed, words):
+    """An amount that is no whole number above 0 locks nothing; a memo is one that comes back."""
+    service = Recorder(201, CREATED)
+    asked = {"to_agent_id": "agent", "amount": 10, "memo": "m", "auto_release_hours": 1, "key": "k"}
+    async with serving(service) as client:
+        with pytest.raises(ValueError, match=words) as caught:
+            await client.create(**{**asked, **changed})
+
+    assert service.asked == []
+    assert KEY not in str(caught.value)
+
+
+async def test_rest_is_asked_for_without_an_amount_at_a_path_of_its_own():
+    """An empty object to `refund` and to `release`, each with its key; nobody else asks there."""
+    service = Recorder(body=CREATED | {"remaining": "0.00", "released_amount": "10.00"})
+    async with serving(service) as client:
+        refunded = await client.refund_rest("esc_1", "close_1")
+        released = await client.release_rest("esc_1", "close_2")
+
+    assert [(row[0], row[1], row[3]) for row in service.asked] == [
+        ("POST", "/api/v1/escrow/esc_1/refund", b"{}"),
+        ("POST", "/api/v1/escrow/esc_1/release", b"{}"),
+    ]
+    keys = [row[2]["Idempotency-Key"] for row in service.asked]
+    assert (keys, refunded.kind, released.kind) == (
+        ["close_1", "close_2"],
+        AnswerKind.CONFIRMED,
+        AnswerKind.CONFIRMED,
+    )
+
+
+@pytest.mark.parametrize("call", ["refund_rest", "release_rest"])
+@pytest.mark.parametrize(
+    ("escrow", "key"), [("../x", "k"), ("", "k"), ("esc_1", ""), ("esc_1", "\n")]
+)
+async def test_rest_of_what_cannot_stand_in_an_address_is_refused(call, escrow, key):
+    """Nothing is sent for an id or a key of other characters."""
+    service = Recorder()
+    async with serving(service) as client:
+        with pytest.raises(ValueError, match="id or a key"):
+            await getattr(client, call)(escrow, key)
+
+    assert service.asked == []
+
+
+Ask = Callable[[EscrowClient], Awaitable[Answer | Created | CreateFailed]]
+PAYING: dict[str, Ask] = {
+    "create": lambda client: client.create(*WANTED, None, "k"),
+    "refund_rest": lambda client: client.refund_rest("esc_1", "k"),
+    "release_rest": lambda client: client.release_rest("esc_1", "k"),
+}
+
+
+@pytest.mark.parametrize("call", PAYING)
+async def test_call_that_pays_never_shares_a_connection(call):
+    """Each comes over a new one, and none is sent where a redirect leads."""
+    peers = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        peers.append(request.transport.get_extra_info("peername"))
+        return web.json_response(ESCROW, status=307, headers={"Location": "/api/v1/x"})
+
+    async with serving(handler) as client:
+        answers = [await PAYING[call](client) for _ in range(2)]
+
+    assert len(set(peers)) == len(peers) == 2
+    assert [getattr(answer, "kind", None) for answer in answers] == [AnswerKind.DOUBT] * 2
+
+
+@pytest.mark.parametrize("call", PAYING)
+async def test_call_that_pays_knows_whether_it_left(call):
+    """Nobody listening is certain; a connection that ends after the request is a doubt."""
+    calls = Calls()
+    async with EscrowClient(api(f"http://127.0.0.1:{closed_port()}"), observe=calls) as client:
+        unsent = await PAYING[call](client)
+    async with broken(close_after_request) as (client, wire, _):
+        doubt = await PAYING[call](client)
+
+    kinds = [getattr(answer, "kind", None) for answer in (unsent, doubt)]
+    assert kinds == [AnswerKind.NOT_SENT, AnswerKind.DOUBT]
+    assert (wire.requests, calls.seen) == ([b"POST"], [(call, "not_sent")])
+
+
 # --- the probe ------------------------------------------------------------------------------------
 
 
@@ -746,4 +875,20 @@ def test_every_mistake_of_the_settings_is_told_at_once():
         "escrow.paths",
         "escrow.paths",
     ]
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        EscrowPaths(release_partial="/escrow/{id}/release"),
+        EscrowPaths(refund="/escrow/{id}/release"),
+        EscrowPaths(refund="/escrow/{id}/release-partial"),
+    ],
+)
+def test_paths_that_would_take_one_call_for_another_are_refused(paths):
+    """Where a release of everything stands, nothing else may."""
+    with pytest.raises(ConfigurationError, match="one of them pays all") as caught:
+        api("https://escrow.example.com", paths=paths)
+
     assert KEY not in str(caught.value)

@@ -18,11 +18,18 @@ from meterd.escrow.documents import (
     read_money,
 )
 from meterd.escrow.outcomes import (
+    Created,
+    CreateFailed,
+    Listed,
     Page,
     Unread,
+    Wanted,
+    answer_to_create,
     answer_to_list,
     answer_to_read,
+    answer_to_refund_rest,
     answer_to_release,
+    answer_to_release_rest,
 )
 
 KEY = "pf_live_0a1B2c3D4e5F6g7H8i9J"
@@ -564,6 +571,166 @@ def test_list_that_cannot_be_read_says_why(status, body, kind):
     assert got.kind == kind
 
 
+def listed(**changes: Any) -> Listed:
+    page = list_of({"escrows": [sandbox(**changes)]})
+    assert isinstance(page, Page)
+    [row] = page.escrows
+    return row
+
+
+def test_listed_escrow_has_what_its_payer_is_found_by():
+    """Memo, payer, time and figures, each None where the service gives none."""
+    row = listed(memo="m", from_agent_id="agent_payer", created_at="2026-11-18T11:06:40Z")
+
+    assert (row.id, row.total, row.memo, row.provider, row.creator, row.status) == (
+        *("esc_1", 10_000_000, "m", "agent_provider", "agent_payer", "partially_released"),
+    )
+    assert (row.created_at, row.deadline) == (WALL, None)
+    bare = listed()
+    assert (bare.memo, bare.creator, bare.created_at) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("created", "expected"),
+    [
+        (WALL, WALL),
+        (WALL // 1000, WALL),
+        ("2026-11-18", 1_794_960_000_000),
+        ("soon", None),
+        ({}, None),
+    ],
+)
+def test_time_of_a_creation_is_read_in_any_form_and_never_in_the_way(created, expected):
+    """A time that is none does not spoil the entry: nothing depends on it."""
+    assert listed(created_at=created).created_at == expected
+
+
+WANTED = Wanted("agent_provider", 10_000_000, "m k")
+NEW = {
+    "escrow_id": "esc_1",
+    "status": "funded",
+    "amount": "10.00",
+    "released_amount": "0.00",
+    "remaining": "10.00",
+    "to_agent_id": "agent_provider",
+    "from_agent_id": "agent_payer",
+    "memo": "m k",
+}
+
+
+def create(body: Any, status: int = 201) -> Created | CreateFailed:
+    return answer_to_create(WANTED, Received(status, {}, as_bytes(body)), MASK, 5.0, WALL)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        NEW,
+        {"escrow_id": "esc_1"},
+        {"id": "esc_1", "status": "pending"},
+        {"escrow": NEW, "success": True},
+        {"data": {"escrow": NEW}},
+        NEW | {"amount": 10, "released_amount": None, "memo": None},
+        {"escrowId": "esc_1", "amount_usd": 10.0, "remaining": "10.000000000000001"},
+    ],
+    ids=range(7),
+)
+def test_creation_that_contradicts_nothing_is_created_as_it_was_wanted(body):
+    """What the answer leaves out is as it was asked; a reading follows before anything is paid."""
+    made = create(body)
+
+    assert isinstance(made, Created), made
+    row = made.escrow
+    assert (row.id, row.total, row.memo, row.reading.remaining) == (
+        *("esc_1", 10_000_000, "m k", 10_000_000),
+    )
+    assert row.provider in (None, "agent_provider")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (201, {}, DOUBT),
+        (201, {"success": True}, DOUBT),
+        (201, NEW | {"amount": "9.90"}, DOUBT),
+        (201, NEW | {"released_amount": "1.00", "remaining": "9.00"}, DOUBT),
+        (201, NEW | {"to_agent_id": "agent_other"}, DOUBT),
+        (201, NEW | {"memo": "m"}, DOUBT),
+        (201, NEW | {"status": "failed"}, DOUBT),
+        (201, NEW | {"status": "queued"}, DOUBT),
+        (201, NEW | {"error": "x"}, DOUBT),
+        (201, NEW | {"escrow_id": "../x"}, DOUBT),
+        (201, NEW | {"escrow_id": KEY}, DOUBT),
+        (202, NEW, DOUBT),
+        (204, b"", DOUBT),
+        (201, HTML, DOUBT),
+        (400, ERROR, AnswerKind.DECLINED),
+        (400, HTML, DOUBT),
+        (401, b"", AnswerKind.KEY_REFUSED),
+        (402, ERROR, AnswerKind.EMPTY),
+        (409, ERROR, AnswerKind.CONFLICT),
+        (429, b"", AnswerKind.LIMITED),
+        (500, NEW, DOUBT),
+        (307, NEW, DOUBT),
+    ],
+)
+def test_creation_that_is_not_certain_is_a_doubt(status, body, kind):
+    """Only what names the escrow that was wanted is created; refusals have their kinds."""
+    got = create(body, status)
+
+    assert isinstance(got, CreateFailed)
+    assert got.kind is kind
+    assert KEY not in got.detail
+
+
+REST = sandbox(released_amount="10.00", remaining="0.00", status="released", release="absent")
+GONE = sandbox(refunded_amount="9.70", remaining="0.00", status="refunded", release="absent")
+
+
+@pytest.mark.parametrize(
+    ("body", "refund", "release"),
+    [
+        (GONE, OK, DOUBT),
+        (REST, DOUBT, OK),
+        ({"remaining": "0"}, OK, OK),
+        ({"escrow": {"id": "esc_1", "remaining": 0}}, OK, OK),
+        (SANDBOX, DOUBT, DOUBT),
+        ({"success": True}, DOUBT, DOUBT),
+        ({"status": "refunded"}, DOUBT, DOUBT),
+        ({"remaining": "0", "status": "pending"}, DOUBT, DOUBT),
+        ({"remaining": "0", "success": False}, DOUBT, DOUBT),
+        ({"remaining": "0", "escrow_id": "esc_2"}, DOUBT, DOUBT),
+        ({"remaining": "0", "released": "1", "released_total": "2"}, DOUBT, DOUBT),
+        ({"remaining": "0.0000001"}, DOUBT, DOUBT),
+        (b"", DOUBT, DOUBT),
+    ],
+    ids=range(13),
+)
+def test_rest_is_done_only_where_the_body_says_that_nothing_remains(body, refund, release):
+    """A bare success is a doubt, and so is a rest that went the other way."""
+    received = Received(200, {}, as_bytes(body))
+
+    assert answer_to_refund_rest("esc_1", received, MASK, WALL).kind is refund
+    assert answer_to_release_rest("esc_1", received, MASK, WALL).kind is release
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (409, AnswerKind.CONFLICT),
+        (404, AnswerKind.MISSING),
+        (503, DOUBT),
+        (429, AnswerKind.LIMITED),
+    ],
+)
+def test_refusal_of_a_rest_is_read_as_that_of_a_release(status, kind):
+    """One table for all that pays; a wait is handed on."""
+    received = Received(status, {"Retry-After": "3"}, as_bytes(ERROR))
+    answer = answer_to_refund_rest("esc_1", received, MASK, WALL)
+
+    assert (answer.kind, answer.retry_after) == (kind, 3.0 if status == 429 else None)
+
+
 @pytest.mark.parametrize(
     "echo",
     [
@@ -635,6 +802,10 @@ def test_no_answer_raises(status, body, headers):
     assert isinstance(answer_to_release(RELEASE, received, MASK, WALL), Answer)
     assert isinstance(answer_to_read(received, MASK, 0.0, WALL), Reading | Unread)
     assert isinstance(answer_to_list(received, MASK, 0.0, WALL), Page | Unread)
+    created = answer_to_create(WANTED, received, MASK, 0.0, WALL)
+    assert isinstance(created, Created | CreateFailed)
+    assert isinstance(answer_to_refund_rest("esc_1", received, MASK, WALL), Answer)
+    assert isinstance(answer_to_release_rest("esc_1", received, MASK, WALL), Answer)
 
 
 @given(VALUES)
