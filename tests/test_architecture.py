@@ -87,7 +87,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         # Another party's server.
         "sandbox": "core.money errors logs",
         # Runs inside other people's programs, and reads an answer as the daemon does.
-        "sdk": "core.money core.settlement escrow.documents escrow.outcomes meterd",
+        "sdk": "core.money core.settlement errors escrow.documents escrow.line escrow.outcomes",
         "app": "*",
     }.items()
 }

@@ -1,40 +1,34 @@
-"""The escrow client that is awaited, on aiohttp.
+"""The escrow client that is awaited: over the same line as the daemon's.
 
-The rule kept here: a question that moves money is put once, on a connection of its own, so that
-whatever fails before its first byte was certainly not asked. Readings go over kept-alive
-connections and are asked again when they fail.
+The rule kept here: what moves money is put once, and the line knows whether it left. Readings are
+put again when they fail.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, TypeVar
 
-import aiohttp
-from yarl import URL
-
-from meterd.escrow.documents import BODY_BYTES_MAX, Received
+from meterd.escrow.documents import Received
+from meterd.escrow.line import Exchange, Line
 from meterd.sdk.contract import (
     TIMEOUT_S,
     Amount,
     Contract,
     Done,
     Escrow,
+    Look,
     Lost,
-    Question,
+    Move,
     Walk,
     pause_before_next,
 )
 from meterd.sdk.errors import EscrowError
 
 T = TypeVar("T")
-
-# What a wire can do to a request. Anything else is a mistake in here.
-_WIRE_FAILURES = (aiohttp.ClientError, OSError, ValueError)
 
 
 class AsyncEscrowClient:
@@ -52,13 +46,11 @@ class AsyncEscrowClient:
 
     def __init__(self, base_url: str, api_key: str, *, timeout_s: float = TIMEOUT_S) -> None:
         self._contract = Contract(base_url, api_key, timeout_s)
-        self._stack = AsyncExitStack()
-        self._looks: aiohttp.ClientSession | None = None
-        self._moves: aiohttp.ClientSession | None = None
+        self._line: Line | None = None
 
     async def __aenter__(self) -> Self:
-        self._looks = await self._stack.enter_async_context(_session(reuse=True))
-        self._moves = await self._stack.enter_async_context(_session(reuse=False))
+        self._line = Line(self._contract.api, mono=time.monotonic)
+        await self._line.__aenter__()
         return self
 
     async def __aexit__(
@@ -67,8 +59,13 @@ class AsyncEscrowClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._looks = self._moves = None
-        await self._stack.__aexit__(kind, error, trace)
+        line, self._line = self._opened(), None
+        await line.__aexit__(kind, error, trace)
+
+    def _opened(self) -> Line:
+        if self._line is None:
+            raise RuntimeError("async with AsyncEscrowClient(...) as client: comes first")
+        return self._line
 
     async def lock(
         self,
@@ -138,103 +135,28 @@ class AsyncEscrowClient:
         return self._walk(self._contract.list(agent_id))
 
     async def _walk(self, walk: Walk) -> AsyncIterator[Escrow]:
-        while walk.question is not None:
-            for escrow in walk.take(await self._look(walk.question)):
+        while walk.look is not None:
+            for escrow in walk.take(await self._look(walk.look)):
                 yield escrow
         walk.end()
 
-    # -- One question ------------------------------------------------------------------------------
+    async def _move(self, move: Move[T]) -> T:
+        address = self._contract.api.address(move.path)
+        return move.read(_came(await self._opened().post("move", address, move.document, move.key)))
 
-    async def _move(self, question: Question[T]) -> T:
-        assert question.method == "POST"
-        return question.read(await self._ask(self._moves, question))
-
-    async def _look(self, question: Question[T]) -> T:
-        assert question.method == "GET"
+    async def _look(self, look: Look[T]) -> T:
+        address = self._contract.api.address(look.path)
         looks = 0
         while True:
             looks += 1
             try:
-                return question.read(await self._ask(self._looks, question))
+                return look.read(_came(await self._opened().get("look", address, look.query)))
             except EscrowError as error:
                 pause = pause_before_next(error, looks)
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
 
-    async def _ask(
-        self, session: aiohttp.ClientSession | None, question: Question[T]
-    ) -> Received | Lost:
-        """Put a question once, within the time-out. Raises only a cancellation."""
-        if session is None:
-            raise RuntimeError("async with AsyncEscrowClient(...) as client: comes first")
-        exchange = _Exchange()
-        try:
-            async with (
-                asyncio.timeout(self._contract.timeout_s),
-                session.request(
-                    question.method,
-                    URL(self._contract.origin + question.target, encoded=True),
-                    data=question.body,
-                    headers=question.headers,
-                    allow_redirects=False,
-                    trace_request_ctx=exchange,
-                ) as response,
-            ):
-                exchange.status, exchange.headers = response.status, response.headers
-                await _receive(response, exchange)
-        except TimeoutError:
-            exchange.flaw = f"it took longer than {self._contract.timeout_s:g} s"
-        except _WIRE_FAILURES as error:
-            exchange.flaw = self._contract.mask.excerpt(f"{type(error).__name__}: {error}")
-        return exchange.came
 
-
-@dataclass(slots=True)
-class _Exchange:
-    """How far one question came."""
-
-    left: bool = False
-    status: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    flaw: str = ""
-
-    @property
-    def came(self) -> Received | Lost:
-        if not self.status:
-            return Lost(self.left, self.flaw)
-        return Received(self.status, self.headers, self.body, self.flaw)
-
-
-def _session(*, reuse: bool) -> aiohttp.ClientSession:
-    """A session that adds nothing of its own: no proxy, netrc, cookies, decompression, clock."""
-    trace = aiohttp.TraceConfig()
-    # Both fire before the bytes they speak of are written: a doubt is never taken for `NotSent`.
-    trace.on_request_headers_sent.append(_note_departure)
-    trace.on_request_chunk_sent.append(_note_departure)
-    connector = aiohttp.TCPConnector() if reuse else aiohttp.TCPConnector(force_close=True)
-    return aiohttp.ClientSession(
-        connector=connector,
-        trace_configs=[trace],
-        trust_env=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,  # A small answer could become a large one.
-        timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has the one time-out there is.
-    )
-
-
-async def _note_departure(_: aiohttp.ClientSession, context: object, __: object) -> None:
-    exchange = getattr(context, "trace_request_ctx", None)
-    assert isinstance(exchange, _Exchange)
-    exchange.left = True
-
-
-async def _receive(response: aiohttp.ClientResponse, exchange: _Exchange) -> None:
-    """Read the body as far as it may be long; what is longer ends the connection."""
-    async for piece in response.content.iter_any():
-        exchange.body += piece
-        if len(exchange.body) > BODY_BYTES_MAX:
-            exchange.flaw = "the body is longer than 64 KiB"
-            response.close()
-            return
+def _came(exchange: Exchange) -> Received | Lost:
+    return exchange.received or Lost(exchange.left, exchange.flaw)

@@ -1,6 +1,6 @@
 """The escrow client that waits, on the standard library's http.client.
 
-The rule kept here: every question has a connection of its own and is put once on it. What fails
+The rule kept here: every request has a connection of its own and is put once on it. What fails
 until the connection stands was certainly not asked; what fails after that may have been. Nothing is
 shared between calls, so threads may share a client.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlencode, urlsplit
 
 from meterd.escrow.documents import BODY_BYTES_MAX, Received
 from meterd.sdk.contract import (
@@ -23,8 +25,9 @@ from meterd.sdk.contract import (
     Contract,
     Done,
     Escrow,
+    Look,
     Lost,
-    Question,
+    Move,
     Walk,
     pause_before_next,
 )
@@ -52,7 +55,8 @@ class EscrowClient:
 
     def __init__(self, base_url: str, api_key: str, *, timeout_s: float = TIMEOUT_S) -> None:
         self._contract = Contract(base_url, api_key, timeout_s)
-        self._tls = ssl.create_default_context() if self._contract.secure else None
+        self._to = urlsplit(self._contract.api.base_url)
+        self._tls = ssl.create_default_context() if self._to.scheme == "https" else None
 
     def __enter__(self) -> Self:
         return self
@@ -161,31 +165,41 @@ class EscrowClient:
         return self._walk(self._contract.list(agent_id))
 
     def _walk(self, walk: Walk) -> Iterator[Escrow]:
-        while walk.question is not None:
-            yield from walk.take(self._look(walk.question))
+        while walk.look is not None:
+            yield from walk.take(self._look(walk.look))
         walk.end()
 
-    # -- One question ------------------------------------------------------------------------------
+    def _move(self, move: Move[T]) -> T:
+        headers = {
+            "Content-Type": "application/json",
+            self._contract.api.idempotency_header: move.key,
+        }
+        body = json.dumps(move.document).encode()
+        return move.read(self._ask("POST", move.path, body, headers))
 
-    def _move(self, question: Question[T]) -> T:
-        assert question.method == "POST"
-        return question.read(self._ask(question))
-
-    def _look(self, question: Question[T]) -> T:
-        assert question.method == "GET"
+    def _look(self, look: Look[T]) -> T:
+        target = f"{look.path}?{urlencode(look.query)}" if look.query else look.path
         looks = 0
         while True:
             looks += 1
             try:
-                return question.read(self._ask(question))
+                return look.read(self._ask("GET", target))
             except EscrowError as error:
                 pause = pause_before_next(error, looks)
                 if pause is None:
                     raise
             time.sleep(pause)
 
-    def _ask(self, question: Question[T]) -> Received | Lost:
-        """Put a question once. Raises only an interruption."""
+    # -- One request -------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Received | Lost:
+        """Put one request, once. Raises only an interruption."""
         connection = self._connection()
         try:
             connection.connect()
@@ -194,35 +208,34 @@ class EscrowClient:
             return Lost(left=False, flaw=self._flaw(error))
         # http.client closes its own socket once it has read a head; this is the real one.
         with connection.sock as sock:
+            # Without this, http.client would connect a second time where it finds no socket.
+            connection.auto_open = 0
+            connection.sock = _Bounded(sock, self._contract.api.request_timeout_s)
             try:
-                response = self._send(
-                    connection, _Bounded(sock, self._contract.timeout_s), question
-                )
+                connection.request(method, self._to.path + target, body, self._headers(headers))
+                response = connection.getresponse()
             except _WIRE_FAILURES as error:
                 return Lost(left=True, flaw=self._flaw(error))
-            body, flaw = self._receive(response)
-            return Received(response.status, dict(response.getheaders()), body, flaw)
+            body_read, flaw = self._receive(response)
+            return Received(response.status, dict(response.getheaders()), body_read, flaw)
+
+    def _headers(self, further: Mapping[str, str] | None) -> dict[str, str]:
+        return {
+            "Authorization": f"Bearer {self._contract.api.api_key}",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # A small answer could become a large one.
+            "User-Agent": "meterd",
+            "Connection": "close",
+            **(further or {}),
+        }
 
     def _connection(self) -> http.client.HTTPConnection:
-        contract = self._contract
+        host, timeout_s = self._to.hostname or "", self._contract.api.request_timeout_s
         if self._tls is None:
-            return http.client.HTTPConnection(
-                contract.host, contract.port, timeout=contract.timeout_s
-            )
+            return http.client.HTTPConnection(host, self._to.port or 80, timeout=timeout_s)
         return http.client.HTTPSConnection(
-            contract.host, contract.port, timeout=contract.timeout_s, context=self._tls
+            host, self._to.port or 443, timeout=timeout_s, context=self._tls
         )
-
-    def _send(
-        self, connection: http.client.HTTPConnection, sock: _Bounded, question: Question[T]
-    ) -> http.client.HTTPResponse:
-        """Send it, and read the head of the answer."""
-        # Without this, http.client would connect a second time by itself where it finds no socket.
-        connection.auto_open = 0
-        connection.sock = sock
-        headers = {**question.headers, "Connection": "close"}
-        connection.request(question.method, question.target, question.body, headers)
-        return connection.getresponse()
 
     def _receive(self, response: http.client.HTTPResponse) -> tuple[bytes, str]:
         """The body as far as it may be long, and why not all of it."""
@@ -239,7 +252,7 @@ class EscrowClient:
 
     def _flaw(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
-            return f"it took longer than {self._contract.timeout_s:g} s"
+            return f"no whole answer within {self._contract.api.request_timeout_s:g} s"
         return self._contract.mask.excerpt(f"{type(error).__name__}: {error}")
 
 

@@ -1,8 +1,8 @@
-"""The escrow contract without a network: questions to be sent, and what their answers mean.
+"""The escrow contract without a network: requests to be sent, and what their answers mean.
 
 The rule kept here: both clients send the same bytes and read the same answers, since neither of
-them writes or reads any. A shell is given a `Question`, carries it to the service once, and hands
-what came of it (`Received`, or `Lost`) to `Question.read`, which returns or raises one of
+them writes or reads any. A shell is given a `Look` or a `Move`, carries it to the service, and
+hands what came of it (`Received`, or `Lost`) to its `read`, which returns or raises one of
 `meterd.sdk.errors`.
 
 How an answer is read is `meterd.escrow.outcomes`'s: the daemon and this client never disagree about
@@ -11,21 +11,18 @@ what was paid.
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import random
-import re
 import secrets
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Generic, Literal, NoReturn, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from typing import Generic, NoReturn, TypeVar
+from urllib.parse import quote
 
 from meterd.core.money import format_amount
 from meterd.core.settlement import Answer, AnswerKind, Reading, Release, ReleaseStatus
+from meterd.errors import ConfigurationError
 from meterd.escrow.documents import (
     EXCERPT_CHARS_MAX,
     Mask,
@@ -37,6 +34,7 @@ from meterd.escrow.documents import (
     try_document,
     unwrapped,
 )
+from meterd.escrow.line import AGENT_ID, ServiceApi, wall_ms
 from meterd.escrow.outcomes import (
     ESCROW_ID,
     MEMO_PREFIX,
@@ -67,7 +65,7 @@ from meterd.sdk.errors import (
     Unavailable,
 )
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0  # As in the daemon.
 PAGE_ESCROWS = 50
 PAGES_MAX = 1000  # Fifty thousand escrows of one agent; a list without an end is a mistake.
 # A memo longer than this would come back cut off, and could not be found in a list.
@@ -143,24 +141,30 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class Question(Generic[T]):
-    """One request, whole, and how its answer is read.
+class Look(Generic[T]):
+    """A GET behind the service's address, and how its answer is read.
 
-    target   path and query, behind the host.
-    headers  all that are not the connection's own; they hold the API key.
-    read     gives what the answer means, or raises one of `meterd.sdk.errors`.
+    read  gives what the answer means, or raises one of `meterd.sdk.errors`.
     """
 
-    method: Literal["GET", "POST"]
-    target: str
+    path: str
+    query: Mapping[str, str]
     read: Callable[[Received | Lost], T]
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """A call that moves money, for its errors. `micros` is None for everything that is left."""
+class Move(Generic[T]):
+    """A POST that moves money, to be put once; `read` is that of a `Look`."""
+
+    path: str
+    document: Mapping[str, object]
+    key: str
+    read: Callable[[Received | Lost], T]
+
+
+@dataclass(frozen=True, slots=True)
+class _Intent:
+    """What a call is to move, for its errors. `micros` is None for everything that is left."""
 
     call: str
     escrow_id: str | None
@@ -224,7 +228,7 @@ def pause_before_next(error: Exception, looks: int) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Questions
+# Requests
 
 
 class Contract:
@@ -235,29 +239,16 @@ class Contract:
     """
 
     def __init__(self, base_url: str, api_key: str, timeout_s: float) -> None:
-        if not isinstance(base_url, str) or not _safe_address(base_url):
-            raise BadArgument(
-                "base_url must be https (http for loopback alone), without user, ? and #, "
-                "such as https://escrow.example/api/v1"
-            )
-        if not isinstance(api_key, str) or _KEY.match(api_key) is None:
-            raise BadArgument("api_key must be 1 to 512 visible characters")
+        if not isinstance(base_url, str) or not isinstance(api_key, str):
+            raise BadArgument("base_url and api_key are texts")
         if not timeout_s > 0:
             raise BadArgument("timeout_s must be more than 0 seconds")
-        parts = urlsplit(base_url)
-        self.secure = parts.scheme == "https"
-        self.host = parts.hostname or ""
-        self.port = parts.port or (443 if self.secure else 80)
-        self.origin = f"{parts.scheme}://{parts.netloc}"
-        self.timeout_s = timeout_s
+        try:
+            self.api = ServiceApi(base_url, api_key, request_timeout_s=timeout_s)
+        except ConfigurationError as error:
+            said = "; ".join(f"{m.key.rpartition('.')[2]} {m.message}" for m in error.mistakes)
+            raise BadArgument(said) from None
         self.mask = Mask(api_key)
-        self._prefix = parts.path.rstrip("/")
-        self._headers = {
-            "Authorization": f"Bearer {api_key}",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": "meterd-sdk",
-        }
 
     def lock(
         self,
@@ -266,7 +257,7 @@ class Contract:
         memo: str,
         auto_release_hours: int | None,
         idempotency_key: str | None,
-    ) -> Question[Escrow]:
+    ) -> Move[Escrow]:
         """`POST /escrow`."""
         micros = micros_to_lock(amount)
         body: dict[str, object] = {
@@ -276,9 +267,9 @@ class Contract:
         }
         if auto_release_hours is not None:
             body["auto_release_hours"] = _hours(auto_release_hours)
-        move = _Move("lock", None, micros, _key(idempotency_key), memo)
+        intent = _Intent("lock", None, micros, _key(idempotency_key), memo)
         wanted = Wanted(to, micros, memo)
-        return self._post("/escrow", body, move, lambda came: self._locked(move, wanted, came))
+        return self._move("/escrow", body, intent, lambda came: self._locked(intent, wanted, came))
 
     def release_partial(
         self,
@@ -287,83 +278,75 @@ class Contract:
         memo: str | None,
         idempotency_key: str | None,
         released_before: Amount | None,
-    ) -> Question[Done]:
+    ) -> Move[Done]:
         """`POST /escrow/:id/release-partial`."""
-        move = _Move("release_partial", _id(escrow_id), micros_of(amount), _key(idempotency_key))
+        micros = micros_of(amount)
+        intent = _Intent("release_partial", _id(escrow_id), micros, _key(idempotency_key))
         before = None if released_before is None else figure_of(released_before)
-        body = {"amount": format_amount(micros_of(amount)), "memo": self._release_memo(memo, move)}
-        return self._post(
+        body = {"amount": format_amount(micros), "memo": self._release_memo(memo, intent)}
+        return self._move(
             f"{_path(escrow_id)}/release-partial",
             body,
-            move,
-            lambda came: self._released_part(move, before, came),
+            intent,
+            lambda came: self._released_part(intent, before, came),
         )
 
-    def release_all(self, escrow_id: str, idempotency_key: str | None) -> Question[Done]:
+    def release_all(self, escrow_id: str, idempotency_key: str | None) -> Move[Done]:
         """`POST /escrow/:id/release`."""
-        move = _Move("release_all", _id(escrow_id), None, _key(idempotency_key))
-        return self._post(
-            f"{_path(escrow_id)}/release", {}, move, lambda came: self._released_all(move, came)
+        intent = _Intent("release_all", _id(escrow_id), None, _key(idempotency_key))
+        return self._move(
+            f"{_path(escrow_id)}/release", {}, intent, lambda came: self._released_all(intent, came)
         )
 
     def refund_part(
         self, escrow_id: str, amount: Amount, idempotency_key: str | None
-    ) -> Question[Done]:
+    ) -> Move[Done]:
         """`POST /escrow/:id/refund` with an amount."""
         micros = micros_of(amount)
-        move = _Move("refund_part", _id(escrow_id), micros, _key(idempotency_key))
+        intent = _Intent("refund_part", _id(escrow_id), micros, _key(idempotency_key))
         body = {"amount": format_amount(micros)}
-        return self._post(
-            f"{_path(escrow_id)}/refund", body, move, lambda came: self._refunded(move, came)
+        return self._move(
+            f"{_path(escrow_id)}/refund", body, intent, lambda came: self._refunded(intent, came)
         )
 
-    def refund_all(self, escrow_id: str, idempotency_key: str | None) -> Question[Done]:
+    def refund_all(self, escrow_id: str, idempotency_key: str | None) -> Move[Done]:
         """`POST /escrow/:id/refund` without an amount."""
-        move = _Move("refund_all", _id(escrow_id), None, _key(idempotency_key))
-        return self._post(
-            f"{_path(escrow_id)}/refund", {}, move, lambda came: self._refunded(move, came)
+        intent = _Intent("refund_all", _id(escrow_id), None, _key(idempotency_key))
+        return self._move(
+            f"{_path(escrow_id)}/refund", {}, intent, lambda came: self._refunded(intent, came)
         )
 
-    def status(self, escrow_id: str) -> Question[Escrow]:
+    def status(self, escrow_id: str) -> Look[Escrow]:
         """`GET /escrow/:id`."""
         _id(escrow_id)
-        return self._get(_path(escrow_id), lambda came: self._status(escrow_id, came))
+        return Look(_path(escrow_id), {}, lambda came: self._status(escrow_id, came))
 
     def list(self, agent_id: str) -> Walk:
         """`GET /escrow?agent_id=`, page by page."""
         _agent(agent_id, "agent_id")
         query = {"agent_id": agent_id, "limit": str(PAGE_ESCROWS)}
 
-        def page(cursor: str | None) -> Question[Page]:
+        def page(cursor: str | None) -> Look[Page]:
             at = query if cursor is None else query | {"cursor": cursor}
-            return self._get(f"/escrow?{urlencode(at)}", self._page)
+            return Look("/escrow", at, self._page)
 
         return Walk(page)
 
-    def _get(self, path: str, read: Callable[[Received | Lost], T]) -> Question[T]:
-        return Question("GET", self._prefix + path, read, self._headers)
-
-    def _post(
+    def _move(
         self,
         path: str,
-        body: Mapping[str, object],
-        move: _Move,
+        document: Mapping[str, object],
+        intent: _Intent,
         read: Callable[[Received], T],
-    ) -> Question[T]:
-        headers = {
-            **self._headers,
-            "Content-Type": "application/json",
-            "Idempotency-Key": move.key,
-        }
-
+    ) -> Move[T]:
         def answered(came: Received | Lost) -> T:
             if isinstance(came, Received):
                 return read(came)
             if came.left:
-                raise move.doubt(f"no answer: {came.flaw}")
-            raise NotSent(f"{move} was not sent: {came.flaw}; ask again, with the same key")
+                raise intent.doubt(f"no answer: {came.flaw}")
+            raise NotSent(f"{intent} was not sent: {came.flaw}; ask again, with the same key")
 
-        return Question("POST", self._prefix + path, answered, headers, json.dumps(body).encode())
+        return Move(path, document, intent.key, answered)
 
     def _memo(self, memo: object) -> str:
         if not isinstance(memo, str) or not memo or self.mask.excerpt(memo) != memo:
@@ -374,10 +357,10 @@ class Contract:
             )
         return memo
 
-    def _release_memo(self, memo: str | None, move: _Move) -> str:
+    def _release_memo(self, memo: str | None, intent: _Intent) -> str:
         """The caller's, or one by which the service's history shows the key."""
         if memo is None:
-            return f"{MEMO_PREFIX}{move.key}"
+            return f"{MEMO_PREFIX}{intent.key}"
         if self._memo(memo).startswith(MEMO_PREFIX):
             raise BadArgument(
                 f"memo must not begin with {MEMO_PREFIX!r}: that is how meterd marks its own"
@@ -386,60 +369,60 @@ class Contract:
 
     # -- Answers to what moves money ---------------------------------------------------------------
 
-    def _locked(self, move: _Move, wanted: Wanted, came: Received) -> Escrow:
-        found = answer_to_create(wanted, came, self.mask, 0.0, _wall())
+    def _locked(self, intent: _Intent, wanted: Wanted, came: Received) -> Escrow:
+        found = answer_to_create(wanted, came, self.mask, 0.0, wall_ms())
         if isinstance(found, CreateFailed):
-            self._fail(move, came, found)
+            self._fail(intent, came, found)
         return _shown(found.escrow)
 
-    def _released_part(self, move: _Move, before: int | None, came: Received) -> Done:
+    def _released_part(self, intent: _Intent, before: int | None, came: Received) -> Done:
         """Done: the answer names the amount or the key, or its total is what was to be expected."""
-        assert move.escrow_id is not None
-        assert move.micros is not None
-        answer = answer_to_release(_as_release(move, before), came, self.mask, _wall())
+        assert intent.escrow_id is not None
+        assert intent.micros is not None
+        answer = answer_to_release(_as_release(intent, before), came, self.mask, wall_ms())
         if answer.kind is not AnswerKind.CONFIRMED:
-            self._fail(move, came, answer)
-        expected = None if before is None else before + move.micros
-        if answer.released is not None and answer.released < move.micros:
-            raise move.doubt(f"{answer.detail}: less than was asked", status=came.status)
+            self._fail(intent, came, answer)
+        expected = None if before is None else before + intent.micros
+        if answer.released is not None and answer.released < intent.micros:
+            raise intent.doubt(f"{answer.detail}: less than was asked", status=came.status)
         if answer.amount is None and expected is None:
-            raise move.doubt(
+            raise intent.doubt(
                 f"{answer.detail}, which does not show this release: hand over released_before",
                 status=came.status,
             )
         if answer.amount is None and answer.released != expected:
-            raise move.doubt(f"{answer.detail}: not what it was to be", status=came.status)
-        return self._done(move, came)
+            raise intent.doubt(f"{answer.detail}: not what it was to be", status=came.status)
+        return self._done(intent, came)
 
-    def _released_all(self, move: _Move, came: Received) -> Done:
-        assert move.escrow_id is not None
-        answer = answer_to_release_rest(move.escrow_id, came, self.mask, _wall())
+    def _released_all(self, intent: _Intent, came: Received) -> Done:
+        assert intent.escrow_id is not None
+        answer = answer_to_release_rest(intent.escrow_id, came, self.mask, wall_ms())
         if answer.kind is not AnswerKind.CONFIRMED:
-            self._fail(move, came, answer)
-        return self._done(move, came)
+            self._fail(intent, came, answer)
+        return self._done(intent, came)
 
-    def _refunded(self, move: _Move, came: Received) -> Done:
+    def _refunded(self, intent: _Intent, came: Received) -> Done:
         """Done: the service took the request. It need not have sent anything back yet."""
         if not 200 <= came.status < 300:
-            self._fail(move, came, answer_to_refusal(came, self.mask, _wall()))
+            self._fail(intent, came, answer_to_refusal(came, self.mask, wall_ms()))
         try:
-            _check_refund(move, object_of(came))
+            _check_refund(intent, object_of(came))
         except Nonsense as error:
             detail = self.mask.excerpt(f"{came.status} {error}")
-            raise move.doubt(detail, status=came.status) from None
-        return self._done(move, came)
+            raise intent.doubt(detail, status=came.status) from None
+        return self._done(intent, came)
 
-    def _done(self, move: _Move, came: Received) -> Done:
-        assert move.escrow_id is not None
+    def _done(self, intent: _Intent, came: Received) -> Done:
+        assert intent.escrow_id is not None
         escrow = self._escrow(came)
         if escrow is not None and not _possible(escrow):
-            raise move.doubt(f"{came.status} its figures are impossible", status=came.status)
-        return Done(move.escrow_id, move.amount, move.key, escrow)
+            raise intent.doubt(f"{came.status} its figures are impossible", status=came.status)
+        return Done(intent.escrow_id, intent.amount, intent.key, escrow)
 
-    def _fail(self, move: _Move, came: Received, failed: Answer | CreateFailed) -> NoReturn:
+    def _fail(self, intent: _Intent, came: Received, failed: Answer | CreateFailed) -> NoReturn:
         """Raise what the kind of a failure stands for."""
         code = self._code(came)
-        said = f"{move} was refused: {failed.detail}"
+        said = f"{intent} was refused: {failed.detail}"
         match failed.kind:
             case AnswerKind.DECLINED | AnswerKind.EMPTY:
                 raise Refused(said, status=came.status, code=code)
@@ -451,9 +434,9 @@ class Contract:
                 wait = failed.retry_after
                 raise Limited(said, status=came.status, code=code, retry_after=wait)
             case AnswerKind.CONFLICT:
-                raise move.doubt(failed.detail, kind=Conflict, status=came.status, code=code)
+                raise intent.doubt(failed.detail, kind=Conflict, status=came.status, code=code)
             case _:
-                raise move.doubt(failed.detail, status=came.status, code=code)
+                raise intent.doubt(failed.detail, status=came.status, code=code)
 
     def _code(self, came: Received) -> str | None:
         """The service's word for an error: `error`, or `error.code`."""
@@ -467,7 +450,7 @@ class Contract:
         what = f"status({escrow_id!r})"
         if isinstance(came, Lost):
             raise _unread(what, came)
-        found = answer_to_read(came, self.mask, 0.0, _wall())
+        found = answer_to_read(came, self.mask, 0.0, wall_ms())
         if isinstance(found, Unread):
             self._fail_to_read(what, came, found)
         escrow = self._escrow(came)
@@ -480,7 +463,7 @@ class Contract:
     def _page(self, came: Received | Lost) -> Page:
         if isinstance(came, Lost):
             raise _unread("list", came)
-        found = answer_to_list(came, self.mask, 0.0, _wall())
+        found = answer_to_list(came, self.mask, 0.0, wall_ms())
         if isinstance(found, Unread):
             self._fail_to_read("list", came, found)
         return found
@@ -501,7 +484,7 @@ class Contract:
 
     def _escrow(self, came: Received) -> Escrow | None:
         """The escrow that a 2xx shows; None: it shows too little."""
-        found = answer_to_read(replace(came, status=200), self.mask, 0.0, _wall())
+        found = answer_to_read(replace(came, status=200), self.mask, 0.0, wall_ms())
         if isinstance(found, Unread):
             return None
         memo = unwrapped(object_of(came), "escrow").get("memo")
@@ -509,14 +492,14 @@ class Contract:
 
 
 class Walk:
-    """The way through a list: while there is a `question`, ask it and `take` what came."""
+    """The way through a list: while there is a `look`, read it and `take` what came."""
 
-    def __init__(self, page: Callable[[str | None], Question[Page]]) -> None:
+    def __init__(self, page: Callable[[str | None], Look[Page]]) -> None:
         self._page = page
         self._pages = 0
         self._skipped = 0
         self._cursors: set[str] = set()
-        self.question: Question[Page] | None = page(None)
+        self.look: Look[Page] | None = page(None)
 
     def take(self, page: Page) -> tuple[Escrow, ...]:
         """The escrows of a page. Raises `Unavailable` for a list that leads in a circle."""
@@ -526,7 +509,7 @@ class Walk:
         if cursor is not None and (cursor in self._cursors or self._pages == PAGES_MAX):
             raise Unavailable("list: its pages have no end; no part of it can be relied on")
         self._cursors.add(cursor or "")
-        self.question = None if cursor is None else self._page(cursor)
+        self.look = None if cursor is None else self._page(cursor)
         return tuple(_shown(listed) for listed in page.escrows)
 
     def end(self) -> None:
@@ -541,19 +524,14 @@ class Walk:
 # Reading
 
 
-def _wall() -> int:
-    """Milliseconds since 1970: for waits that the service gives as a date."""
-    return time.time_ns() // 1_000_000
-
-
-def _as_release(move: _Move, before: int | None) -> Release:
+def _as_release(intent: _Intent, before: int | None) -> Release:
     """The call as the reader of answers knows one; what it does not look at is empty."""
-    assert move.escrow_id is not None
-    assert move.micros is not None
+    assert intent.escrow_id is not None
+    assert intent.micros is not None
     return Release(
-        id=move.key,
-        escrow=move.escrow_id,
-        amount=move.micros,
+        id=intent.key,
+        escrow=intent.escrow_id,
+        amount=intent.micros,
         before=before or 0,
         status=ReleaseStatus.SENT,
         why="",
@@ -563,15 +541,15 @@ def _as_release(move: _Move, before: int | None) -> Release:
     )
 
 
-def _check_refund(move: _Move, document: Mapping[str, object]) -> None:
+def _check_refund(intent: _Intent, document: Mapping[str, object]) -> None:
     """Raise `Nonsense` unless the body says of this escrow that its refund was taken."""
     body = unwrapped(document, "escrow")
     words_of_success(document, body)
-    if named_text(body, "escrow") != move.escrow_id:
+    if named_text(body, "escrow") != intent.escrow_id:
         raise Nonsense("the body does not name the escrow")
     refund = document.get("refund")
     said = refund.get("amount") if isinstance(refund, dict) else None
-    if move.micros is not None and isinstance(said, str) and read_money(said) != move.micros:
+    if intent.micros is not None and isinstance(said, str) and read_money(said) != intent.micros:
         raise Nonsense("the body shows a refund of another amount")
 
 
@@ -611,29 +589,6 @@ def _possible(escrow: Escrow) -> bool:
 # --------------------------------------------------------------------------------------------------
 # Arguments
 
-_KEY = re.compile(r"[!-~]{1,512}\Z", re.ASCII)
-_AGENT_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}\Z", re.ASCII)
-_ADDRESS = re.compile(r"[!-~]{1,512}\Z", re.ASCII)
-
-
-def _safe_address(base_url: str) -> bool:
-    """Whether a key may be sent there: nobody listens on the way, and the host is plain to see."""
-    try:
-        parts = urlsplit(base_url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        return False
-    if _ADDRESS.match(base_url) is None or set(base_url) & set("?#@\\") or not host:
-        return False
-    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
 
 def _path(escrow_id: str) -> str:
     return f"/escrow/{quote(escrow_id, safe='')}"
@@ -646,7 +601,7 @@ def _id(escrow_id: object) -> str:
 
 
 def _agent(agent_id: object, name: str) -> str:
-    if not isinstance(agent_id, str) or _AGENT_ID.match(agent_id) is None:
+    if not isinstance(agent_id, str) or AGENT_ID.match(agent_id) is None:
         raise BadArgument(f"{name}: an agent's id is 1 to 64 of A-Za-z0-9_.:-")
     return agent_id
 
