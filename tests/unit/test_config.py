@@ -1084,6 +1084,27 @@ def test_settings_are_written_as_json_in_words_that_can_be_read_again():
     assert "2026-12-01T00:00:00Z" in versions.model_dump_json()
 
 
+@pytest.mark.parametrize(
+    "escrows", ["3", "{}", "{ main = 3 }", "{ main = [3] }", '{ main = "" }', "{ main = [[]] }"]
+)
+def test_escrows_that_are_none_are_one_mistake_and_none_for_the_id(escrows: str):
+    """Nobody is told of an id that he never wrote."""
+    text = f"""
+[meters.units]
+[plans.one]
+pattern = "pay_per_token"
+rates = [{{ meter = "units", price = "0.01" }}]
+settle = {{ amount = "1" }}
+[[agreements]]
+plan = "one"
+escrows = {escrows}
+"""
+    found = mistakes_in(text)
+
+    assert len(found) == 1
+    assert found[0][0].startswith("agreements[0].escrows")
+
+
 # Where the file is
 
 

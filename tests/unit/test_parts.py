@@ -14,7 +14,7 @@ from meterd import config, parts
 from meterd.core.ledger import Agreement
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import MICROS, NANOS
-from meterd.core.plans import AtClose, Gate, PeriodEnd, Plan, Settle, Version
+from meterd.core.plans import AtClose, Gate, Pattern, PeriodEnd, Plan, Settle, Version
 from meterd.core.pricing import (
     MILESTONE_METER,
     OUTCOME_METER,
@@ -151,6 +151,28 @@ def test_a_week_of_five_covers_a_thousand_units(units: int, overage: str):
     )
     assert (("base", 5 * MICROS), ("overage", 5 * MICROS)) == plan.deposits
     assert ("base", "overage") == plan.roles
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in EXAMPLES.glob("*.toml")))
+def test_an_agreement_has_the_roles_that_its_cards_draw_on(name: str):
+    """What the configuration asks of an agreement is what the core's plan has."""
+    settings = config.load(EXAMPLES / f"{name}.toml", KEY)
+    plans = parts.plans_of(settings)
+
+    assert [plan.roles for plan in settings.plans.values()] == [
+        plan.roles for plan in plans.values()
+    ]
+    assert all(
+        set(plans[agreement.plan].roles) == {role for role, _ in agreement.escrows}
+        for agreement in parts.agreements_of(settings)
+    )
+
+
+def test_every_pattern_has_its_example():
+    """Seven files, each named for its pattern."""
+    assert [pattern.value for pattern in Pattern] == [
+        example(pattern.value).pattern.value for pattern in Pattern
+    ]
 
 
 # -- Rates -----------------------------------------------------------------------------------------
