@@ -8,11 +8,9 @@ function of its own with a name of its own: no amount, missing or zero, ever bec
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from meterd.core.money import format_amount
 from meterd.core.settlement import Answer, Reading, Release
@@ -20,13 +18,10 @@ from meterd.errors import Refused, Unavailable
 from meterd.escrow.documents import Received
 from meterd.escrow.line import (
     AGENT_ID,
-    Line,
-    Observe,
     ServiceApi,
-    ignore,
+    ServiceClient,
     is_path_with_id,
     is_path_without_id,
-    wall_ms,
 )
 from meterd.escrow.outcomes import (
     ESCROW_ID,
@@ -111,40 +106,8 @@ class Listing:
         return tuple(listed for listed in self.escrows if listed.memo == memo)
 
 
-class EscrowClient:
-    """The escrow service. An async context manager; its calls may run side by side.
-
-    mono     seconds of the clock that stamps readings and measures calls.
-    wall     milliseconds since 1970, for waits that the service gives as a date.
-    observe  called once for each call with its name, its status (or `not_sent`, `no_answer`) and
-             its seconds.
-    """
-
-    def __init__(
-        self,
-        api: EscrowApi,
-        *,
-        mono: Callable[[], float] = time.monotonic,
-        wall: Callable[[], int] = wall_ms,
-        observe: Observe = ignore,
-    ) -> None:
-        self._api = api
-        self._line = Line(api, mono=mono, observe=observe)
-        self._mask = self._line.mask
-        self._mono = mono
-        self._wall = wall
-
-    async def __aenter__(self) -> Self:
-        await self._line.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._line.__aexit__(kind, error, trace)
+class EscrowClient(ServiceClient[EscrowApi]):
+    """The escrow service. Set up and opened as every `ServiceClient`."""
 
     async def read(self, escrow: str) -> Reading | Unread:
         """Read an escrow. What went wrong is a value: only a cancellation is raised."""

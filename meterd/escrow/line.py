@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import aiohttp
@@ -324,6 +324,45 @@ class Line:
                 "User-Agent": "meterd",
             },
         )
+
+
+A = TypeVar("A", bound=ServiceApi)
+
+
+class ServiceClient(Generic[A]):
+    """What asks one service. An async context manager; its calls may run side by side.
+
+    mono     seconds of the clock that stamps readings and measures calls.
+    wall     milliseconds since 1970, for waits that the service gives as a date.
+    observe  called once for each call with its name, its status (or `not_sent`, `no_answer`) and
+             its seconds.
+    """
+
+    def __init__(
+        self,
+        api: A,
+        *,
+        mono: Callable[[], float] = time.monotonic,
+        wall: Callable[[], int] = wall_ms,
+        observe: Observe = ignore,
+    ) -> None:
+        self._api = api
+        self._line = Line(api, mono=mono, observe=observe)
+        self._mask = self._line.mask
+        self._mono = mono
+        self._wall = wall
+
+    async def __aenter__(self) -> Self:
+        await self._line.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._line.__aexit__(kind, error, trace)
 
 
 async def _note_departure(_: aiohttp.ClientSession, context: object, __: object) -> None:

@@ -324,9 +324,7 @@ def _evidence(release: Release, document: Mapping[str, object], *, echo_counts: 
     rows = _release_rows(release, document, body)
     echo_counts = echo_counts and not words & NOT_YET
     # 2. Amounts that can only be this release's.
-    amount = agreed("gross", *(named_money(row, "gross") for row in rows))
-    if amount is not None and amount != release.amount:
-        raise Nonsense(f"the body's gross amount is {format_amount(amount)}, not what was asked")
+    amount = gross_of(release, rows)
     amount = None if words & NOT_YET else amount
     # 3. The total released.
     released = agreed("released_total", *(named_money(row, "released_total") for row in rows))
@@ -338,6 +336,14 @@ def _evidence(release: Release, document: Mapping[str, object], *, echo_counts: 
     if amount is None and released is None:
         raise Nonsense("the body names neither the amount nor the total released")
     return amount, released
+
+
+def gross_of(release: Release, rows: Iterable[Mapping[str, object]]) -> int | None:
+    """The gross amount that all rows agree on. Raises `Nonsense` if it is not what was asked."""
+    amount = agreed("gross", *(named_money(row, "gross") for row in rows))
+    if amount is not None and amount != release.amount:
+        raise Nonsense(f"the body's gross amount is {format_amount(amount)}, not what was asked")
+    return amount
 
 
 def words_of_success(*parts: Mapping[str, object]) -> frozenset[str]:

@@ -31,11 +31,9 @@ An answer to a debit is read as one to a release (`outcomes`), by its status and
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from meterd.core.money import format_amount
 from meterd.core.settlement import Answer, AnswerKind, Reading, Release
@@ -52,13 +50,10 @@ from meterd.escrow.documents import (
 )
 from meterd.escrow.line import (
     AGENT_ID,
-    Line,
-    Observe,
     ServiceApi,
-    ignore,
+    ServiceClient,
     is_path_with_id,
     is_path_without_id,
-    wall_ms,
 )
 from meterd.escrow.outcomes import (
     NOT_YET,
@@ -66,6 +61,7 @@ from meterd.escrow.outcomes import (
     Figures,
     Unread,
     answer_by_evidence,
+    gross_of,
     history,
     ids_of_ours,
     is_done,
@@ -123,36 +119,11 @@ class WalletApi(ServiceApi):
 # Client
 
 
-class WalletClient:
-    """The service of the wallets. An async context manager; its calls may run side by side.
+class WalletClient(ServiceClient[WalletApi]):
+    """The service of the wallets. Set up and opened as every `ServiceClient`.
 
-    mono, wall, observe as for `EscrowClient`; the calls are named `wallet_read` and `debit`.
+    Its calls are counted as `wallet_read`, `debit` and `probe`.
     """
-
-    def __init__(
-        self,
-        api: WalletApi,
-        *,
-        mono: Callable[[], float] = time.monotonic,
-        wall: Callable[[], int] = wall_ms,
-        observe: Observe = ignore,
-    ) -> None:
-        self._api = api
-        self._line = Line(api, mono=mono, observe=observe)
-        self._mono = mono
-        self._wall = wall
-
-    async def __aenter__(self) -> Self:
-        await self._line.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._line.__aexit__(kind, error, trace)
 
     async def read(self, agent: str) -> Reading | Unread:
         """Read a payer's wallet. What went wrong is a value: only a cancellation is raised."""
@@ -165,7 +136,7 @@ class WalletClient:
         exchange = await self._line.get("wallet_read", address)
         if exchange.received is None:
             return Unread("unavailable", exchange.flaw)
-        return answer_to_wallet(exchange.received, self._line.mask, mono, self._wall())
+        return answer_to_wallet(exchange.received, self._mask, mono, self._wall())
 
     async def debit(self, release: Release) -> Answer:
         """Ask for a debit from the wallet of `release.escrow`: at most one request leaves.
@@ -191,7 +162,7 @@ class WalletClient:
         )
         if exchange.received is None:
             return exchange.silence
-        return answer_to_debit(release, exchange.received, self._line.mask, self._wall())
+        return answer_to_debit(release, exchange.received, self._mask, self._wall())
 
     async def probe(self, agent: str) -> str:
         """Check without moving money that a wallet can be paid from exactly.
@@ -302,9 +273,7 @@ def _evidence(release: Release, document: Mapping[str, object], *, echo_counts: 
     rows = _debit_rows(release, document, body)
     echo_counts = echo_counts and not words & NOT_YET
     # 2. Amounts that can only be this debit's.
-    amount = agreed("gross", *(named_money(row, "gross") for row in rows))
-    if amount is not None and amount != release.amount:
-        raise Nonsense(f"the body's gross amount is {format_amount(amount)}, not what was asked")
+    amount = gross_of(release, rows)
     amount = None if words & NOT_YET else amount
     # 3. The total debited, and what only looks like it.
     debited = agreed("debited", *(named_money(row, "debited") for row in rows))

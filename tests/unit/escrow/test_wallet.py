@@ -206,6 +206,7 @@ def test_debit_is_confirmed_by_its_amount_or_by_the_level(body, amount, level):
         {"amount": "0.099"},
         {"amount": "0.099", "fee": "0.001", "net_amount": "0.10"},
         {"gross_amount": "0.20"},
+        {"gross_amount": "0.20", "debited": "0.30", "status": "queued"},
         {"debit": {"gross_amount": "0.20"}, "debited": "0.30"},
         {"amount": "0.10", "status": "queued"},
         {"debited": "0.10", "status": "queued"},
@@ -221,7 +222,7 @@ def test_debit_is_confirmed_by_its_amount_or_by_the_level(body, amount, level):
         b"",
         b"<html>",
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_answer_that_is_no_evidence_is_a_doubt(body):
     """A bare success, a net amount, another debit, another payer: a reading decides."""
