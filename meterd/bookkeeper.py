@@ -27,8 +27,9 @@ from meterd.core.changes import (
 from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
 from meterd.core.ledger import HOUR_MS, Account, Agreement, Conflict, Entry, Ledger, contents
 from meterd.core.meters import Meter
-from meterd.core.plans import Plan
+from meterd.core.plans import AtClose, Plan
 from meterd.core.settlement import (
+    LIVE,
     Alarm,
     Closing,
     Effect,
@@ -219,7 +220,7 @@ class Bookkeeper:
         if replaces is not None:
             buckets = [now // HOUR_MS] * len(buckets)
         marks = self._mark(entry, digests, prints, buckets)
-        counters, touched = self.ledger.apply(entry, now)
+        touched = self.ledger.apply(entry, now)
         received = len(deliveries.payloads)
         if entry.accepted + entry.duplicates + len(entry.rejections) != received:
             raise InvariantBroken(f"{received} deliveries came, and not each has one verdict")
@@ -230,10 +231,9 @@ class Bookkeeper:
         self.dead_letters -= len(gone)
         if deliveries.position is not None:
             self.positions[source] = deliveries.position
-        closing = [self._put(account, Closing())[0] for account in entry.closes]
-        change = Change(
-            agreements=tuple(account.row for account in touched),
-            counters=tuple(counters),
+        closing = [escrow for account in entry.closes for escrow in self._close_escrows(account)]
+        change = replace(
+            touched.change(),
             marks=marks,
             dead_letters=tuple(letters),
             dead_letters_gone=gone,
@@ -243,7 +243,7 @@ class Bookkeeper:
         durable = self._commit(change, received)
         # 5. Tell.
         self._facts.batch(source, entry, _by_meter(entry))
-        for account in touched:
+        for account in touched.accounts:
             self._look(account, now)
         return Recorded(received, entry.accepted, entry.duplicates, entry.rejections, durable)
 
@@ -374,23 +374,38 @@ class Bookkeeper:
         detail = f"plan {agreement.plan}, escrows {dict(agreement.escrows)}"
         entry = self._journal(actor, "agreement_bound", agreement.id, detail)
         await self._durable(replace(change, journal=(entry,)))
-        self.visit(account.escrow)
+        for escrow in change.escrows:
+            self.visit(escrow.id)
         return account
 
     async def close(self, account: Account, actor: str, reason: str = "") -> None:
         """Settle an agreement to the last quantum and close it."""
-        row = self.ledger.close(account)
-        escrow, _ = self._put(account, Closing())
+        touched = self.ledger.close(account)
+        escrows = self._close_escrows(account)
         entry = self._journal(actor, "agreement_closing", account.agreement.id, reason)
-        await self._durable(Change(agreements=(row,), escrows=(escrow,), journal=(entry,)))
-        self.visit(account.escrow)
+        await self._durable(replace(touched.change(), escrows=tuple(escrows), journal=(entry,)))
+        self._visit_all(account)
+
+    def _close_escrows(self, account: Account) -> list[Escrow]:
+        """Mark what is left of an agreement's escrows as closing."""
+        escrows = [escrow.id for escrow in self._open_escrows(account)]
+        return [self._put(escrow, Closing())[0] for escrow in escrows]
+
+    def _open_escrows(self, account: Account) -> list[Escrow]:
+        escrows = self.ledger.escrows_of(account)
+        return [escrow for escrow in escrows if escrow.status is not EscrowStatus.CLOSED]
+
+    def _visit_all(self, account: Account) -> None:
+        for escrow in self._open_escrows(account):
+            self.visit(escrow.id)
 
     async def settle(self, account: Account, actor: str, reason: str = "") -> None:
         """Release what is unsettled now, whatever the thresholds say."""
         entry = self._journal(actor, "settlement_asked", account.agreement.id, reason)
         await self._durable(Change(journal=(entry,)))
-        self._asked[account.escrow] = account.owed
-        self.visit(account.escrow)
+        for escrow in self._open_escrows(account):
+            self._asked[escrow.id] = self.ledger.owed_on(account, escrow)
+        self._visit_all(account)
 
     async def backup(self, path: Path, actor: str) -> None:
         """Copy the store into a new file. Raises `Refused`.
@@ -402,34 +417,47 @@ class Bookkeeper:
         await self.store.backup(path)
 
     async def freeze(self, account: Account, actor: str, reason: str) -> None:
-        """Make no more releases on an agreement's escrow. Raises `Refused`."""
-        await self._act(account, Freeze(f"{actor}: {reason}"), actor, "escrow_frozen", reason)
+        """Make no more releases on an agreement's escrows. Raises `Refused`."""
+        event = Freeze(f"{actor}: {reason}")
+        await self._act(self._open_or_first(account), event, actor, "escrow_frozen", reason)
 
     async def resume(self, account: Account, actor: str, reason: str) -> None:
         """Go on from what the service shows now. Raises `Refused`."""
+        frozen = [
+            escrow.id
+            for escrow in self.ledger.escrows_of(account)
+            if escrow.status is EscrowStatus.FROZEN
+        ]
         try:
+            event = Resume(reason, self.clock.wall())
             await self._act(
-                account, Resume(reason, self.clock.wall()), actor, "escrow_resumed", reason
+                frozen or self._open_or_first(account), event, actor, "escrow_resumed", reason
             )
         finally:
             # Where a reading is missing or too old to resume on, the next try shall find a new one.
-            self.visit(account.escrow)
+            for escrow in frozen:
+                self.visit(escrow)
 
-    async def resolve(self, account: Account, actor: str, reason: str, *, landed: bool) -> None:
-        """Say what became of the release in doubt. Raises `Refused`."""
+    async def resolve(self, escrow: str, actor: str, reason: str, *, landed: bool) -> None:
+        """Say what became of an escrow's release in doubt. Raises `Refused`."""
         event = Resolved(landed, reason, self.clock.mono(), self.clock.wall())
         action = "release_landed" if landed else "release_absent"
-        await self._act(account, event, actor, action, reason)
-        self.visit(account.escrow)
+        await self._act([escrow], event, actor, action, reason)
+        self.visit(escrow)
+
+    def _open_or_first(self, account: Account) -> list[str]:
+        """The escrows that a person's act is meant for; where all are closed, one that says so."""
+        return [escrow.id for escrow in self._open_escrows(account)] or [account.escrow]
 
     async def _act(
-        self, account: Account, event: Input, actor: str, action: str, reason: str
+        self, escrows: Sequence[str], event: Input, actor: str, action: str, reason: str
     ) -> None:
-        entry = self._journal(actor, action, account.escrow, reason)
-        try:
-            await self.step(account.escrow, event, entry)
-        except NotAllowed as error:
-            raise Refused(str(error)) from None
+        for escrow in escrows:
+            entry = self._journal(actor, action, escrow, reason)
+            try:
+                await self.step(escrow, event, entry)
+            except NotAllowed as error:
+                raise Refused(str(error)) from None
 
     async def reload(self, plans: Mapping[str, Plan], meters: Mapping[str, Meter]) -> None:
         """Take changed plans and meters. Raises `Refused`, having changed nothing."""
@@ -455,7 +483,10 @@ class Bookkeeper:
         """
         before = self.ledger.escrows[escrow]
         account = self.ledger.accounts[before.agreement]
-        after, effects = self._put(account, event)
+        after, effects = self._put(escrow, event)
+        if self._wants_refund(account, before, after):
+            after = replace(after, refund=True)
+            self.ledger.put(after)
         entries = [journal] if journal is not None else []
         entries += [
             self._journal("meterd", effect.action, escrow, effect.detail)
@@ -463,7 +494,7 @@ class Bookkeeper:
             if isinstance(effect, Alarm)
         ]
         change = Change(
-            agreements=self._interval(account, effects),
+            agreements=self._interval(account, after, effects),
             escrows=() if stored(before) == stored(after) else (after,),
             releases=tuple(effect.release for effect in effects if isinstance(effect, Record)),
             journal=tuple(entries),
@@ -476,12 +507,27 @@ class Bookkeeper:
             del self._asked[escrow]  # All that was owed when it was asked for is paid.
         return [effect for effect in effects if not isinstance(effect, Record | Alarm)]
 
-    def _put(self, account: Account, event: Input) -> tuple[Escrow, Effects]:
-        after, effects = step(self.ledger.escrows[account.escrow], event, self.rules)
+    def _put(self, escrow: str, event: Input) -> tuple[Escrow, Effects]:
+        after, effects = step(self.ledger.escrows[escrow], event, self.rules)
         self.ledger.put(after)
         return after, effects
 
-    def _interval(self, account: Account, effects: Effects) -> tuple[AgreementRow, ...]:
+    def _wants_refund(self, account: Account, before: Escrow, after: Escrow) -> bool:
+        """Whether this step has settled an escrow for good, and its plan returns the rest."""
+        closed = after.status is EscrowStatus.CLOSED and before.status is not EscrowStatus.CLOSED
+        left = after.remaining > 0 and after.service_status in LIVE and not after.refillable
+        return closed and left and account.plan.at_close is AtClose.REFUND
+
+    async def refunded(self, escrow: str) -> None:
+        """The rest of a closed escrow was asked back, or there is none: nothing more to do."""
+        after = replace(self.ledger.escrows[escrow], refund=False)
+        self.ledger.put(after)
+        entry = self._journal("meterd", "refund_asked", escrow, "the rest goes to the payer")
+        await self._durable(Change(escrows=(after,), journal=(entry,)))
+
+    def _interval(
+        self, account: Account, escrow: Escrow, effects: Effects
+    ) -> tuple[AgreementRow, ...]:
         landed = [
             effect.release.amount
             for effect in effects
@@ -489,7 +535,7 @@ class Bookkeeper:
         ]
         # A piece of `release_max` leaves usage behind that is as old as before: its interval runs
         # on, so that the next piece is due at once and not an interval later.
-        left = self.ledger.escrows[account.escrow].payable(account.owed) > 0
+        left = escrow.payable(self.ledger.owed_on(account, escrow)) > 0
         if not landed or (left and landed[0] >= self.rules.release_max):
             return ()
         row = self.ledger.settled_from(account, self.clock.wall())
@@ -520,14 +566,26 @@ class Bookkeeper:
         self._due[escrow] = None
         self.due_changed.set()
 
-    def due(self, account: Account) -> str:
-        """Name the threshold that asks for a release of this agreement now; "" when none does."""
-        escrow = self.ledger.escrows[account.escrow]
-        settle = account.plan.settle
-        why = due(settle, escrow, account.standing, self.clock.wall(), self.margin)
-        if not why and escrow.payable(self._asked.get(escrow.id, 0)) >= self.rules.quantum:
+    def account_of(self, escrow: str) -> Account:
+        """Find the account that an escrow is drawn on for."""
+        return self.ledger.accounts[self.ledger.escrows[escrow].agreement]
+
+    def owed_on(self, escrow: str) -> int:
+        """What an escrow should have released by meterd in all, micros."""
+        return self.ledger.owed_on(self.account_of(escrow), self.ledger.escrows[escrow])
+
+    def due(self, escrow_id: str) -> str:
+        """Name the threshold that asks for a release of this escrow now; "" when none does."""
+        escrow, account = self.ledger.escrows[escrow_id], self.account_of(escrow_id)
+        why = self._threshold(account, escrow, self.clock.wall())
+        if not why and escrow.payable(self._asked.get(escrow_id, 0)) >= self.rules.quantum:
             why = "asked"
         return why
+
+    def _threshold(self, account: Account, escrow: Escrow, now: int) -> str:
+        standing = self.ledger.standing(account, escrow)
+        pace = int(self.rules.min_interval * 1000)
+        return due(account.plan.settle, escrow, standing, now, self.margin, pace)
 
     @property
     def margin(self) -> int:
@@ -549,22 +607,25 @@ class Bookkeeper:
 
     @property
     def next_look(self) -> int | None:
-        """When, in wall ms, time alone may make something due."""
-        return self._looks[0][0] if self._looks else None
+        """When, in wall ms, time alone may make something due or end a period."""
+        moments = [self._looks[0][0]] if self._looks else []
+        ends = self.ledger.next_period_end
+        return min([*moments, ends] if ends is not None else moments, default=None)
 
     def _look(self, account: Account, now: int) -> None:
-        """Note, after usage or a release, whether something is due or when it will be.
+        """Note, after usage or a release, whether something is due or when it will be."""
+        for name in account.escrow_ids:
+            self._look_at_escrow(account, self.ledger.escrows[name], now)
 
-        Only of an active escrow with nothing open; any other is visited by the settler's own clock.
-        """
-        escrow = self.ledger.escrows[account.escrow]
+    def _look_at_escrow(self, account: Account, escrow: Escrow, now: int) -> None:
+        """Look at one, if it is active with nothing open; the settler's own clock visits others."""
         if escrow.status is not EscrowStatus.ACTIVE or escrow.release is not None:
             return
-        settle, standing = account.plan.settle, account.standing
-        if due(settle, escrow, standing, now, self.margin):
-            self.visit(account.escrow)
+        if self._threshold(account, escrow, now):
+            self.visit(escrow.id)
             return
-        at = next_look(settle, escrow, standing, self.margin)
+        standing = self.ledger.standing(account, escrow)
+        at = next_look(account.plan.settle, escrow, standing, self.margin)
         if at is not None and self._look_at.get(escrow.id) != at:
             self._look_at[escrow.id] = at
             heapq.heappush(self._looks, (at, escrow.id))
@@ -573,8 +634,32 @@ class Bookkeeper:
 
     def look_again(self, escrow: str) -> None:
         """The settler is done with a visit: note when this escrow wants the next one."""
-        account = self.ledger.accounts[self.ledger.escrows[escrow].agreement]
-        self._look(account, self.clock.wall())
+        self._look_at_escrow(
+            self.account_of(escrow), self.ledger.escrows[escrow], self.clock.wall()
+        )
+
+    async def end_periods(self) -> None:
+        """End the periods that are over: their fees are owed from now on, and durable."""
+        touched, lapsed = self.ledger.end_periods(self.clock.wall(), self.margin)
+        if not touched.accounts:
+            return
+        escrows = [escrow for account in lapsed for escrow in self._close_escrows(account)]
+        entries = [
+            self._journal("meterd", "agreement_lapsed", account.agreement.id, "nobody renewed it")
+            for account in lapsed
+        ]
+        change = touched.change()
+        await self._durable(replace(change, escrows=tuple(escrows), journal=tuple(entries)))
+        for account in touched.accounts:
+            self._look(account, self.clock.wall())
+        for account in lapsed:
+            log.warning(
+                "No escrow holds the fee of the period that ended: the agreement is closed.",
+                action="agreement_lapsed",
+                agreement=account.agreement.id,
+                next="bind a new escrow under another id",
+            )
+            self._visit_all(account)
 
     async def _durable(self, change: Change) -> None:
         """Wait for a commit; a caller that is cancelled meanwhile does not cancel it."""

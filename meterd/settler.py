@@ -13,13 +13,13 @@ import heapq
 import math
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from meterd.bookkeeper import Bookkeeper
-from meterd.core.ledger import Account
 from meterd.core.settlement import (
+    LIVE,
     UNKNOWN_OUTCOME,
     Answer,
     Answered,
@@ -45,6 +45,8 @@ log = get_logger(__name__)
 KEY_REFUSED_WAIT_S = 10.0
 # Something is due and a guard stands against it: near a deadline, say. A look costs a reading.
 BLOCKED_WAIT_S = 1.0
+# A refund that was not granted is asked for again, after a reading, so often.
+REFUND_WAIT_S = 5.0
 
 
 class Unread(Protocol):
@@ -64,13 +66,19 @@ class Unread(Protocol):
 
 
 class EscrowService(Protocol):
-    """The escrow service as the settler needs it. Neither call raises but when it is cancelled."""
+    """The escrow service as the settler needs it. No call raises but when it is cancelled.
 
-    async def read(self, escrow: str) -> Reading | Unread:
+    The role says where an id leads: a wallet is drawn on like an escrow.
+    """
+
+    async def read(self, escrow: str, role: str) -> Reading | Unread:
         """Read an escrow."""
 
-    async def release_partial(self, release: Release) -> Answer:
+    async def release_partial(self, release: Release, role: str) -> Answer:
         """Make the call: at most one request leaves, in all of this release's life."""
+
+    async def refund_rest(self, escrow: str) -> Answer:
+        """Ask for the refund of what is left; asked again, nothing more is refunded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +117,14 @@ class Settler:
     async def run(self) -> None:
         """Settle until cancelled. Raises only what must end the process."""
         for escrow in self._bookkeeper.ledger.escrows.values():
-            if escrow.status is not EscrowStatus.CLOSED:
+            if escrow.status is not EscrowStatus.CLOSED or escrow.refund:
                 self._enqueue(escrow.id)
         async with asyncio.TaskGroup() as group:
             for number in range(self._pace.concurrency):
                 group.create_task(self._worker(), name=f"settler {number}")
             while True:
                 await self._wait()
+                await self._bookkeeper.end_periods()
                 for escrow_id in self._take():
                     self._enqueue(escrow_id)
 
@@ -125,32 +134,28 @@ class Settler:
         Bounded by the caller's time-out. What cannot go on by itself is left to the next start.
         """
         bookkeeper, clock = self._bookkeeper, self._clock
-        accounts = bookkeeper.ledger.accounts.values()
-        going = [account for account in accounts if bookkeeper.due(account)]
+        going = [escrow for escrow in bookkeeper.ledger.escrows if bookkeeper.due(escrow)]
         while True:
-            settled = {account.escrow: self._settled(account) for account in going}
-            for account in going:
-                self._enqueue(account.escrow)
+            settled = {escrow: bookkeeper.ledger.escrows[escrow].settled for escrow in going}
+            for escrow in going:
+                self._enqueue(escrow)
             while self._waiting or self._busy:
                 self._idle.clear()
                 await self._idle.wait()
-            going = [account for account in going if self._goes_on(account, settled)]
+            going = [escrow for escrow in going if self._goes_on(escrow, settled[escrow])]
             if not going or self.blocked():
                 break
-            pace = min(bookkeeper.ledger.escrows[account.escrow].next_mono for account in going)
+            pace = min(bookkeeper.ledger.escrows[escrow].next_mono for escrow in going)
             await asyncio.sleep(max(0.0, pace - clock.mono()))
         self._stopping.set()
 
-    def _settled(self, account: Account) -> int:
-        return self._bookkeeper.ledger.escrows[account.escrow].settled
-
-    def _goes_on(self, account: Account, settled: Mapping[str, int]) -> bool:
+    def _goes_on(self, escrow: str, settled: int) -> bool:
         """Whether another visit may pay: one has just paid, or waits for its pace."""
-        state = self._bookkeeper.ledger.escrows[account.escrow]
+        state = self._bookkeeper.ledger.escrows[escrow]
         if state.status is not EscrowStatus.ACTIVE or state.release is not None:
             return False
-        moved = state.settled > settled[account.escrow] or state.next_mono > self._clock.mono()
-        return moved and bool(self._bookkeeper.due(account))
+        moved = state.settled > settled or state.next_mono > self._clock.mono()
+        return moved and bool(self._bookkeeper.due(escrow))
 
     def halt(self) -> None:
         """Intend nothing more from now on; what is under way goes on."""
@@ -207,11 +212,13 @@ class Settler:
     async def visit(self, escrow: str) -> bool:
         """Read one escrow and do what its state table asks for; whether a call was made."""
         bookkeeper, clock = self._bookkeeper, self._clock
-        account = bookkeeper.ledger.accounts[bookkeeper.ledger.escrows[escrow].agreement]
-        if not self._worth_reading(bookkeeper.ledger.escrows[escrow], account):
+        if not self._worth_reading(bookkeeper.ledger.escrows[escrow]):
             return False
         # 1. Read.
-        if not await self._read(escrow, account):
+        if not await self._read(escrow):
+            return False
+        if bookkeeper.ledger.escrows[escrow].refund:
+            await self._refund(escrow)
             return False
         # 2. A release that is open: the reading has resolved it, or only a repetition can.
         release = bookkeeper.ledger.escrows[escrow].release
@@ -222,46 +229,67 @@ class Settler:
                 escrow, await bookkeeper.step(escrow, Repeat(clock.mono(), clock.wall()))
             )
         # 3. Intend, and pay.
-        why = bookkeeper.due(account)
+        why = bookkeeper.due(escrow)
         if not why or self.blocked():
             return False
         event = Due(
-            owed=account.owed,
+            owed=bookkeeper.owed_on(escrow),
             why=why,
             release_id=f"rel_{secrets.token_hex(12)}",
-            units=self._units(account),
+            units=self._units(escrow),
             mono=clock.mono(),
             wall=clock.wall(),
         )
         return await self._carry_out(escrow, await bookkeeper.step(escrow, event))
 
-    def _units(self, account: Account) -> int:
+    def _units(self, escrow: str) -> int:
         """The units that the next release settles: a piece of `release_max` settles none yet.
 
         So the threshold in units goes on asking for the other pieces, to the last one.
         """
-        state, rules = self._bookkeeper.ledger.escrows[account.escrow], self._bookkeeper.rules
-        piece = state.payable(account.owed) > rules.release_max
-        return state.units_settled if piece else account.units
+        bookkeeper = self._bookkeeper
+        state = bookkeeper.ledger.escrows[escrow]
+        piece = state.payable(bookkeeper.owed_on(escrow)) > bookkeeper.rules.release_max
+        return state.units_settled if piece else bookkeeper.account_of(escrow).units
 
-    def _worth_reading(self, state: Escrow, account: Account) -> bool:
+    async def _refund(self, escrow: str) -> None:
+        """Ask the service to refund what is left of a closed escrow.
+
+        By level and not by delta: what is left is read first, and asking twice refunds once.
+        """
+        state = self._bookkeeper.ledger.escrows[escrow]
+        if state.remaining > 0 and state.service_status in LIVE:
+            answer = await self._service.refund_rest(escrow)
+            if answer.kind is not AnswerKind.CONFIRMED:
+                log.warning(
+                    f"The rest of an escrow was not refunded yet: {answer.detail}",
+                    action="refund_waits",
+                    escrow=escrow,
+                )
+                return
+        await self._bookkeeper.refunded(escrow)
+
+    def _worth_reading(self, state: Escrow) -> bool:
         """Whether a reading now could lead to anything."""
-        if state.status is EscrowStatus.CLOSED or self._clock.mono() < self._paced_until(state):
+        closed = state.status is EscrowStatus.CLOSED and not state.refund
+        if closed or self._clock.mono() < self._paced_until(state):
             return False
         idle = state.status is EscrowStatus.ACTIVE and state.release is None
-        return not (idle and self._bookkeeper.due(account) and self.blocked())
+        return not (idle and self._bookkeeper.due(state.id) and self.blocked())
 
-    async def _read(self, escrow: str, account: Account) -> bool:
+    async def _read(self, escrow: str) -> bool:
         """Bring in a fresh reading; whether there was one."""
         bookkeeper, clock = self._bookkeeper, self._clock
-        reading = await self._service.read(escrow)
+        role = bookkeeper.ledger.escrows[escrow].role
+        reading = await self._service.read(escrow, role)
         if not isinstance(reading, Reading):
             if reading.kind == "key_refused":
                 self._refuse_key(reading.detail, reads=False)
             await bookkeeper.step(escrow, Unreadable(reading.detail, clock.mono()))
             return False
         self._take_key()
-        await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), account.owed))
+        owed = bookkeeper.owed_on(escrow)
+        await bookkeeper.step(escrow, Observed(reading, clock.mono(), clock.wall(), owed))
         return True
 
     async def _carry_out(self, escrow: str, effects: Sequence[Effect]) -> bool:
@@ -272,7 +300,8 @@ class Settler:
         send = next((effect for effect in effects if isinstance(effect, Send)), None)
         if send is None:
             return False
-        answer = await self._service.release_partial(send.release)
+        role = bookkeeper.ledger.escrows[escrow].role
+        answer = await self._service.release_partial(send.release, role)
         if answer.kind is AnswerKind.KEY_REFUSED:
             self._refuse_key(answer.detail, reads=True)
         await bookkeeper.step(escrow, Answered(answer, clock.mono(), clock.wall()))
@@ -357,14 +386,13 @@ class Settler:
         rules, pace = self._bookkeeper.rules, self._pace
         paced = max(0.0, state.next_mono - now)
         if state.status is EscrowStatus.CLOSED:
-            return None
+            return max(paced, REFUND_WAIT_S) if state.refund else None
         if state.status is EscrowStatus.FROZEN and state.release is None:
             return pace.reconcile_interval
         unsure = state.release is not None or state.suspicion or state.low_since is not None
         if unsure or state.status in (EscrowStatus.ADOPTING, EscrowStatus.PAUSED):
             return max(paced, rules.observe_gap)
-        account = self._bookkeeper.ledger.accounts[state.agreement]
-        if self._bookkeeper.due(account):
+        if self._bookkeeper.due(state.id):
             return paced or (0.0 if paid else BLOCKED_WAIT_S)
         self._bookkeeper.look_again(state.id)
         return pace.reconcile_interval

@@ -43,6 +43,7 @@ CORE_LIBRARIES = frozenset(
         "fractions",
         "functools",
         "hashlib",
+        "heapq",
         "itertools",
         "math",
         "msgspec",

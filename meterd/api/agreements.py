@@ -13,7 +13,7 @@ import msgspec
 from aiohttp import web
 
 from meterd.api.auth import ACTOR
-from meterd.api.overview import balance, state_word
+from meterd.api.overview import balance, spokesman, state_word
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
@@ -32,11 +32,12 @@ from meterd.api.wire import (
     read_reason,
 )
 from meterd.core.ledger import Account, Agreement
-from meterd.core.settlement import Escrow, EscrowStatus
+from meterd.core.settlement import EscrowStatus
 from meterd.errors import NotFound, Refused
 
 LOOKED_AT_MAX = 500  # Agreements between two breaths of the loop, while a filter searches.
 PAYER_CHARS_MAX = 256
+ROLES = ("main", "base", "overage", "wallet")
 BIND_EXAMPLE = '{"plan": "stream", "escrows": {"main": "esc_1"}}'
 REASON_EXAMPLE = '{"reason": "checked with the payer"}'
 
@@ -49,7 +50,7 @@ class Binding(msgspec.Struct, forbid_unknown_fields=True):
 
     plan: str
     payer: str | None = None
-    escrows: dict[str, str] | None = None
+    escrows: dict[str, str | list[str]] | None = None
 
 
 class Why(msgspec.Struct, forbid_unknown_fields=True):
@@ -89,7 +90,7 @@ class Agreements:
         found = await self._search(page, state, plan)
         shown = found[: page.limit]
         following = shown[-1].agreement.id if len(found) > page.limit else None
-        views = [agreement_view(account, self._escrow(account)) for account in shown]
+        views = [agreement_view(self._ledger, account) for account in shown]
         return page_answer(views, following)
 
     async def _search(self, page: Page, state: str | None, plan: str | None) -> list[Account]:
@@ -97,9 +98,8 @@ class Agreements:
         found: list[Account] = []
         for place, name in enumerate(self._overview.ids_after(page.cursor)):
             account = self._ledger.accounts[name]
-            escrow = self._escrow(account)
             wanted = plan is None or account.plan.name == plan
-            if wanted and (state is None or state_word(escrow, balance(account, escrow)) == state):
+            if wanted and (state is None or self._word(account) == state):
                 found.append(account)
                 if len(found) > page.limit:
                     break
@@ -150,9 +150,9 @@ class Agreements:
     async def _settle(self, request: web.Request) -> web.Response:
         account = self._account(request)
         reason = await _reason(request, needed=False)
-        escrow = self._escrow(account)
-        if escrow.status is EscrowStatus.CLOSED:
+        if self._ledger.is_closed(account):
             raise Refused(f"agreement {account.agreement.id} is closed: nothing is sent any more")
+        escrow = spokesman(self._ledger, account)
         if escrow.status is EscrowStatus.FROZEN:
             command = f"meterd resume {account.agreement.id} --reason TEXT"
             raise Refused(f"it is frozen ({escrow.reason}); when that is put right: {command}")
@@ -163,7 +163,7 @@ class Agreements:
         """Close; once more changes nothing."""
         account = self._account(request)
         reason = await _reason(request, needed=False)
-        if self._escrow(account).status is EscrowStatus.CLOSED:
+        if self._ledger.is_closed(account):
             return self._shown(account)
         await self._bookkeeper.close(account, request[ACTOR], reason)
         return self._shown(account, 202)
@@ -190,11 +190,11 @@ class Agreements:
             raise NotFound(f"there is no agreement {name}; list them: meterd agreements")
         return account
 
-    def _escrow(self, account: Account) -> Escrow:
-        return self._ledger.escrows[account.escrow]
+    def _word(self, account: Account) -> str:
+        return state_word(spokesman(self._ledger, account), balance(self._ledger, account))
 
     def _shown(self, account: Account, status: int = 200) -> web.Response:
-        return json_answer(agreement_view(account, self._escrow(account)), status)
+        return json_answer(agreement_view(self._ledger, account), status)
 
 
 async def _reason(request: web.Request, *, needed: bool = True) -> str:
@@ -207,11 +207,12 @@ def _agreement(name: str, binding: Binding, known: Account | None) -> Agreement:
 
     What it leaves out stays as it is; who bound the agreement first stays its origin.
     """
-    escrows = binding.escrows
-    if escrows is None:
-        escrows = dict(known.agreement.escrows) if known is not None else {"main": name}
-    if set(escrows) != {"main"} or not is_escrow_id(escrows["main"]):
-        detail = f"escrows: one, main, with 1 to 64 letters, digits, _ or -; such as {BIND_EXAMPLE}"
+    pairs = _pairs(name, binding, known)
+    if not pairs or not all(is_escrow_id(escrow) and role in ROLES for role, escrow in pairs):
+        detail = (
+            f"escrows: by role ({', '.join(ROLES)}) one id or a list, each with 1 to 64 letters, "
+            f"digits, _ or -; such as {BIND_EXAMPLE}"
+        )
         raise Problem(400, "bad-body", detail)
     payer = binding.payer
     if payer is None:
@@ -221,9 +222,20 @@ def _agreement(name: str, binding: Binding, known: Account | None) -> Agreement:
         raise Problem(400, "bad-body", detail)
     origin = known.agreement.origin if known is not None else "api"
     plan = printable(binding.plan, 128)
-    return Agreement(name, plan, payer, tuple(sorted(escrows.items())), origin)
+    return Agreement(name, plan, payer, pairs, origin)
 
 
-def _by_meter(key: tuple[str, str, tuple[tuple[str, str], ...]]) -> tuple[object, ...]:
-    card, meter, dimensions = key
-    return meter, dimensions, card
+def _pairs(name: str, binding: Binding, known: Account | None) -> tuple[tuple[str, str], ...]:
+    """List the escrows of a binding as (role, id)."""
+    if binding.escrows is None:
+        return known.agreement.escrows if known is not None else (("main", name),)
+    return tuple(
+        (role, escrow)
+        for role, ids in sorted(binding.escrows.items())
+        for escrow in ([ids] if isinstance(ids, str) else ids)
+    )
+
+
+def _by_meter(key: tuple[int, str, str, tuple[tuple[str, str], ...]]) -> tuple[object, ...]:
+    period, card, meter, dimensions = key
+    return -period, meter, dimensions, card

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from meterd.bookkeeper import Bookkeeper
-from meterd.core.ledger import Account
+from meterd.core.ledger import Account, Ledger
 from meterd.core.money import MICROS
+from meterd.core.plans import BASE
 from meterd.core.settlement import UNKNOWN_OUTCOME, Escrow, EscrowStatus
 
 SLICE = 500  # Agreements between two breaths of the loop: about a millisecond.
@@ -43,20 +44,60 @@ class Balance:
     uncollectible: int
 
 
-def balance(account: Account, escrow: Escrow) -> Balance:
-    """Work out an agreement's money. `released` counts from when meterd adopted the escrow."""
-    released = max(escrow.observed, escrow.expected) - escrow.baseline
+def balance(ledger: Ledger, account: Account) -> Balance:
+    """Work out an agreement's money. `released` counts from when meterd adopted the escrow.
+
+    Of several escrows the figures are added up; headroom is that of those which usage draws on.
+    """
+    escrows = list(ledger.escrows_of(account))
+    released = sum(max(escrow.observed, escrow.expected) - escrow.baseline for escrow in escrows)
     unsettled = account.owed - released
-    release = escrow.release
-    in_doubt = 0
-    if release is not None and release.status in UNKNOWN_OUTCOME:
-        in_doubt = release.amount
-    if escrow.status is EscrowStatus.CLOSED:
+    in_doubt = sum(
+        escrow.release.amount
+        for escrow in escrows
+        if escrow.release is not None and escrow.release.status in UNKNOWN_OUTCOME
+    )
+    if all(escrow.status is EscrowStatus.CLOSED for escrow in escrows):
         return Balance(released, unsettled, in_doubt, None, max(0, unsettled))
-    if not escrow.total:
+    live = [escrow for escrow in escrows if escrow.status is not EscrowStatus.CLOSED]
+    if not any(escrow.total for escrow in live):
         return Balance(released, unsettled, in_doubt, None, 0)
-    headroom = escrow.remaining - unsettled
-    return Balance(released, unsettled, in_doubt, headroom, max(0, -headroom))
+    headroom, short = 0, 0
+    for role in {escrow.role for escrow in escrows}:
+        left = sum(escrow.remaining for escrow in live if escrow.role == role)
+        paid = sum(
+            max(escrow.observed, escrow.expected) - escrow.baseline
+            for escrow in escrows
+            if escrow.role == role
+        )
+        room = left - (account.owed_by(role) - paid)
+        short += max(0, -room)
+        headroom += 0 if role == BASE else room
+    return Balance(released, unsettled, in_doubt, headroom, short)
+
+
+_LOUDEST = (
+    EscrowStatus.FROZEN,
+    EscrowStatus.PAUSED,
+    EscrowStatus.ADOPTING,
+    EscrowStatus.ACTIVE,
+    EscrowStatus.CLOSED,
+)
+
+
+def spokesman(ledger: Ledger, account: Account) -> Escrow:
+    """Find the escrow whose state is the agreement's: one in doubt, else the worst off.
+
+    Of equals the one that is drawn on now speaks: the first with something left.
+    """
+    if len(account.agreement.escrows) == 1:
+        return ledger.escrows[account.escrow]
+    return min(ledger.escrows_of(account), key=_loudness)
+
+
+def _loudness(escrow: Escrow) -> tuple[bool, int, bool]:
+    doubtful = escrow.release is not None and escrow.release.status in UNKNOWN_OUTCOME
+    return not doubtful, _LOUDEST.index(escrow.status), not escrow.remaining
 
 
 def state_word(escrow: Escrow, money: Balance) -> str:
@@ -119,6 +160,7 @@ class _Pass:
 
     def __init__(self, bookkeeper: Bookkeeper, now: int) -> None:
         self._bookkeeper = bookkeeper
+        self._ledger = bookkeeper.ledger
         self._escrows = bookkeeper.ledger.escrows
         self._now = now
         self._margin = bookkeeper.margin
@@ -140,6 +182,9 @@ class _Pass:
         active, closed = EscrowStatus.ACTIVE, EscrowStatus.CLOSED
         released_sum = settled_sum = unsettled_sum = headroom_sum = 0
         for account in accounts:
+            if len(account.agreement.escrows) > 1:
+                self._add_one(account)
+                continue
             escrow = escrows[account.agreement.escrows[0][1]]
             numerator, denominator = account.numerator, account.denominator
             numerators[denominator] = numerators.get(denominator, 0) + numerator
@@ -176,11 +221,37 @@ class _Pass:
         self._unsettled += unsettled_sum
         self._headroom += headroom_sum
 
+    def _add_one(self, account: Account) -> None:
+        """Add an agreement with several escrows: there are few of these."""
+        money = balance(self._ledger, account)
+        denominator = account.denominator
+        self._numerators[denominator] = self._numerators.get(denominator, 0) + account.numerator
+        self._released += money.released
+        self._unsettled += money.unsettled
+        self._headroom += max(0, money.headroom or 0)
+        self._uncollectible += money.uncollectible
+        speaker = spokesman(self._ledger, account)
+        word = state_word(speaker, money)
+        self._states[word] = self._states.get(word, 0) + 1
+        for escrow in self._ledger.escrows_of(account):
+            self._settled += escrow.settled + escrow.credited
+            unsettled = escrow.unsettled(self._ledger.owed_on(account, escrow))
+            if unsettled > 0 and account.unsettled_since:
+                self._look_at_age(account, escrow, unsettled)
+            own = word if escrow is speaker else escrow.word
+            if (
+                escrow.observed != escrow.expected
+                or escrow.release is not None
+                or (own in _ATTENTION and (escrow is speaker or own == EscrowStatus.FROZEN.value))
+            ):
+                self._look_at_trouble(account, escrow, own)
+
     def _may_be_due(self, account: Account, escrow: Escrow, unsettled: int, age: int) -> bool:
         """Rule out quickly what no threshold can ask for yet; `Bookkeeper.due` says the rest."""
         settle = account.plan.settle
         return (
             (settle.amount is not None and unsettled >= settle.amount)
+            or settle.exposure_max is not None
             or (settle.interval is not None and age >= settle.interval)
             or (settle.units is not None and account.units - escrow.units_settled >= settle.units)
             or (
@@ -200,7 +271,7 @@ class _Pass:
         age = self._now - account.unsettled_since
         if age <= self._lag or escrow.status in _NEVER_LATE:
             return
-        if self._may_be_due(account, escrow, unsettled, age) and self._bookkeeper.due(account):
+        if self._may_be_due(account, escrow, unsettled, age) and self._bookkeeper.due(escrow.id):
             self._lag = age
 
     def _look_at_trouble(self, account: Account, escrow: Escrow, word: str) -> None:
@@ -216,7 +287,7 @@ class _Pass:
         if word == EscrowStatus.FROZEN.value:
             self._note(word, Attention(agreement, escrow.id, escrow.reason, command))
         elif word == EXHAUSTED:
-            money = balance(account, escrow)
+            money = balance(self._ledger, account)
             reason = "more is used than is left" if money.uncollectible else "nothing is left"
             self._note(word, Attention(agreement, escrow.id, reason, command, money.uncollectible))
 

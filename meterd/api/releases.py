@@ -20,8 +20,7 @@ from meterd.api.wire import (
     read_page,
     read_reason,
 )
-from meterd.core.ledger import Account
-from meterd.core.settlement import ReleaseStatus
+from meterd.core.settlement import Escrow, ReleaseStatus
 from meterd.errors import NotFound
 
 EXAMPLE = '{"landed": true, "reason": "seen in the service\'s own history"}'
@@ -69,13 +68,13 @@ class Releases:
         release_id = read_id(request)
         resolution = await read_command(request, Resolution, example=EXAMPLE)
         reason = read_reason(resolution.reason)
-        account = self._account(release_id)
-        await self._bookkeeper.resolve(account, request[ACTOR], reason, landed=resolution.landed)
-        return json_answer(agreement_view(account, self._ledger.escrows[account.escrow]))
+        escrow = self._escrow_of(release_id)
+        await self._bookkeeper.resolve(escrow.id, request[ACTOR], reason, landed=resolution.landed)
+        return json_answer(agreement_view(self._ledger, self._ledger.accounts[escrow.agreement]))
 
-    def _account(self, release_id: str) -> Account:
-        """Find the agreement whose open release this is. Raises `NotFound`."""
+    def _escrow_of(self, release_id: str) -> Escrow:
+        """Find the escrow whose open release this is. Raises `NotFound`."""
         for escrow in self._ledger.escrows.values():
             if escrow.release is not None and escrow.release.id == release_id:
-                return self._ledger.accounts[escrow.agreement]
+                return escrow
         raise NotFound(f"no open release is named {release_id}; list them: meterd releases")

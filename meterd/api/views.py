@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from meterd.api.overview import balance, next_command, state_word
+from meterd.api.overview import balance, next_command, spokesman, state_word
 from meterd.api.parts import SourceView
 from meterd.api.wire import iso_time
 from meterd.core.changes import DeadLetter
-from meterd.core.ledger import Account, Counter
+from meterd.core.ledger import Account, Counter, Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
 from meterd.core.plans import Plan
 from meterd.core.settlement import Escrow, Release
@@ -23,9 +23,10 @@ Document = dict[str, Any]
 EXCERPT_BYTES_MAX = 2048
 
 
-def agreement_view(account: Account, escrow: Escrow) -> Document:
+def agreement_view(ledger: Ledger, account: Account) -> Document:
     """Show an agreement: its money is of one instant."""
-    agreement, money = account.agreement, balance(account, escrow)
+    agreement, money = account.agreement, balance(ledger, account)
+    escrow = spokesman(ledger, account)
     word = state_word(escrow, money)
     return {
         "id": agreement.id,
@@ -47,7 +48,9 @@ def agreement_view(account: Account, escrow: Escrow) -> Document:
         "uncollectible": format_amount(money.uncollectible),
         "runway": None,
         "unsettled_since": iso_time(account.unsettled_since),
-        "escrows": [escrow_view(escrow)],
+        "period": account.period,
+        "period_ends": iso_time(account.plan.period_ends(account.opened_at, account.period)),
+        "escrows": [escrow_view(one) for one in ledger.escrows_of(account)],
         "release": None if escrow.release is None else release_view(escrow.release, agreement.id),
     }
 
@@ -87,18 +90,21 @@ def release_view(release: Release, agreement: str | None) -> Document:
 
 
 def counter_view(counter: Counter) -> Document:
-    """Show usage of one meter. `accrued` is None where an earlier rate card priced it."""
-    account = counter.account
+    """Show usage of one meter in one period.
+
+    `accrued` is None where the price is that of a whole line, tiers for instance: the bill has it.
+    """
     accrued = None
-    if counter.card == account.plan.card.id:
-        charge = Fraction(counter.quantity * counter.weight, account.denominator)
-        accrued = format_exact(charge)
+    if counter.line is None:
+        said = counter.amount if counter.dynamic else counter.quantity
+        accrued = format_exact(Fraction(said * counter.weight, counter.account.denominator))
     return {
         "meter": counter.meter.name,
         "unit": counter.meter.unit,
         "dimensions": dict(counter.dimensions),
         "quantity": format_quantity(counter.quantity),
         "events": counter.events,
+        "period": counter.period,
         "card": counter.card,
         "accrued": accrued,
     }

@@ -26,13 +26,14 @@ class AgreementRow:
     opened_at: int  # Wall ms.
     accrued: Fraction  # Exact USDC.
     events: int
-    units: int  # Nanos of all its meters together.
+    units: int  # Nanos of all its meters together, meterd's own apart.
     unsettled_since: int  # Wall ms of the oldest usage that no release was intended for; 0: none.
+    period: int = 0  # The number of the running one; those before it have ended.
 
 
 @dataclass(frozen=True, slots=True)
 class CounterRow:
-    """Usage of one agreement by card, meter and priced dimensions: all four are its key."""
+    """Usage of one agreement by period, card, meter and priced dimensions: the five are its key."""
 
     agreement: str
     # The rate card that priced it: a changed plan counts on a new card, so nothing is re-priced.
@@ -41,6 +42,32 @@ class CounterRow:
     dimensions: tuple[tuple[str, str], ...]  # Sorted by name.
     quantity: int  # Nanos.
     events: int
+    period: int = 0
+    amount: int = 0  # Of dynamic rates: the events' quantity x price, in 10^-21 USDC.
+    number: int = 0  # A short name, from 1, by which taken events remember their counter.
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What events of a counter said whose meter is not additive. A count of 0: taken back."""
+
+    counter: int  # Its number.
+    key: str
+    quantity: int  # Nanos.
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Headroom set aside before the work is done, in micros. Key: id."""
+
+    id: str
+    agreement: str
+    amount: int
+    meter: str
+    quantity: int  # Nanos, as it was asked for.
+    created_at: int  # Wall ms.
+    expires_at: int  # Wall ms.
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +121,9 @@ class Change:
     cards: tuple[CardRow, ...] = ()
     agreements: tuple[AgreementRow, ...] = ()
     counters: tuple[CounterRow, ...] = ()
+    samples: tuple[SampleRow, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    holds_gone: tuple[str, ...] = ()
     marks: tuple[MarkBlock, ...] = ()
     dead_letters: tuple[DeadLetter, ...] = ()
     dead_letters_gone: tuple[int, ...] = ()
@@ -111,6 +141,8 @@ class State:
     cards: list[CardRow] = field(default_factory=list)
     agreements: list[AgreementRow] = field(default_factory=list)
     counters: list[CounterRow] = field(default_factory=list)
+    samples: list[SampleRow] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
     # With `release` (the open one) and `voids` filled in.
     escrows: list[Escrow] = field(default_factory=list)
     positions: dict[str, str] = field(default_factory=dict)

@@ -35,6 +35,11 @@ class Reason(enum.StrEnum):
     UNKNOWN_METER = "unknown_meter"
     NO_RATE = "no_rate"
     CLOSED = "closed"
+    REACHED = "reached"  # A tranche or an outcome that was there before, under another id.
+    OUT_OF_ORDER = "out_of_order"
+    BAD_SIGNATURE = "bad_signature"
+    BAD_PRICE = "bad_price"
+    UNKNOWN_EVENT = "unknown_event"  # Nothing that a `meterd.void` could take back.
     CONFLICT = "conflict"
     LATE = "late"
     EARLY = "early"
@@ -57,6 +62,8 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     """One usage event in bare JSON, after decoding and before it is known to be good.
 
     `quantity` is as it came: `quantity_nanos` reads it. `time` is aware, or None for "on arrival".
+    `value` is what a meter of `unique` values looks at, `price` what a dynamic rate charges a unit
+    of the quantity, in USDC. `voids`, `name`, `score` and `signature` belong to the special types.
     """
 
     id: str = ""
@@ -68,12 +75,19 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     time: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     dimensions: dict[str, str] = {}
     type: str = ""
+    value: str = ""
+    price: int | str = ""
+    voids: str = ""
+    name: str = ""
+    score: int | str = ""
+    signature: str = ""
 
 
 class _RawEvent(UsageEvent, gc=False):
-    """The same event with the text of its quantity, which may be a JSON number with a point."""
+    """The same event with the texts of its numbers, which may be JSON numbers with a point."""
 
     quantity: msgspec.Raw = msgspec.Raw(b"")  # type: ignore[assignment]
+    score: msgspec.Raw = msgspec.Raw(b"")  # type: ignore[assignment]
 
 
 Decoded = UsageEvent | Rejection
@@ -150,14 +164,29 @@ def quantity_nanos(quantity: int | str | msgspec.Raw) -> int:
         if 0 < quantity <= money.QUANTITY_MAX:
             return quantity * money.NANOS
         raise money.BadNumber("a quantity must be greater than 0 and at most 1e15")
-    if isinstance(quantity, str):
-        text = quantity
-    else:
-        raw = bytes(quantity)
-        text = str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else _ascii(raw)
+    text = _number_text(quantity)
     if not text:
         raise money.BadNumber("there is no quantity")
     return money.parse_quantity(text)
+
+
+def score_nanos(score: int | str | msgspec.Raw) -> int:
+    """Read a score from 0 to 1 as nanos. Raises `money.BadNumber`."""
+    text = str(score) if type(score) is int else _number_text(score)
+    if not text:
+        raise money.BadNumber("there is no score")
+    nanos = money.parse_scaled(text, money.QUANTITY_DECIMALS)
+    if nanos > money.NANOS:
+        raise money.BadNumber("a score is from 0 to 1")
+    return nanos
+
+
+def _number_text(number: int | str | msgspec.Raw) -> str:
+    if isinstance(number, str):
+        return number
+    assert isinstance(number, msgspec.Raw)
+    raw = bytes(number)
+    return str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else _ascii(raw)
 
 
 def _ascii(raw: bytes) -> str:

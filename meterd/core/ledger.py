@@ -5,15 +5,23 @@ or a reason why not. `decide` adds what only the memory of identities can know: 
 conflicts. `apply` then adds the sums, once for each counter of the batch and not once for each
 event, and hands out the rows to be made durable.
 
-What an agreement owes is its rate cards' charge for its counters, and nothing else. It is kept as
-an integer over the card's denominator and grows by the same integers by which the counters grow.
+What an agreement owes is its rate cards' charge for its counters, and nothing else. A counter
+belongs to a period of its agreement and to the card that was in force at the event's own time. It
+is kept as an integer over one denominator. Most rates are linear: what is owed grows by the same
+integers by which the counters grow. For the others the charge of a whole line is worked out anew,
+once for each batch that touches it.
+
+An agreement may draw on several escrows of one role, oldest first. Which of them owes what is no
+state of its own: it follows from what is owed in all, from how much each can hold, and from what
+each has paid (`owed_on`). So the border between two escrows loses and doubles nothing.
 """
 
 from __future__ import annotations
 
 import collections
+import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -21,7 +29,7 @@ from itertools import compress
 
 import msgspec
 
-from meterd.core.changes import AgreementRow, CardRow, Change, CounterRow, State
+from meterd.core.changes import AgreementRow, CardRow, Change, CounterRow, SampleRow, State
 from meterd.core.events import (
     DIMENSIONS_MAX,
     ID_CHARS_MAX,
@@ -32,24 +40,53 @@ from meterd.core.events import (
     UsageEvent,
     name_flaw,
     printable,
+    score_nanos,
 )
-from meterd.core.meters import Aggregation, Meter
-from meterd.core.money import MICROS, NANOS, QUANTITY_MAX, BadNumber, format_quantity
-from meterd.core.plans import Plan
-from meterd.core.pricing import Dimensions, RateCard
-from meterd.core.settlement import Escrow, EscrowStatus
+from meterd.core.meters import Aggregation, Meter, Sample, Samples
+from meterd.core.money import (
+    MICROS,
+    NANOS,
+    QUANTITY_MAX,
+    BadNumber,
+    format_price,
+    format_quantity,
+    parse_price,
+)
+from meterd.core.plans import PeriodEnd, Plan
+from meterd.core.pricing import (
+    MILESTONE_METER,
+    OUTCOME_METER,
+    OWN_METERS,
+    PERIOD_METER,
+    Dimensions,
+    Model,
+    RateCard,
+)
+from meterd.core.settlement import ENDED, Escrow, EscrowStatus
 from meterd.core.thresholds import Standing
 
 CLOSE_TYPE = "meterd.close"
+VOID_TYPE = "meterd.void"
+MILESTONE_TYPE = MILESTONE_METER
+OUTCOME_TYPE = OUTCOME_METER
+SPECIAL_TYPES = (CLOSE_TYPE, VOID_TYPE, MILESTONE_TYPE, OUTCOME_TYPE)
+ONCE = frozenset({MILESTONE_METER, OUTCOME_METER})  # What an agreement reaches once.
 AHEAD_MAX_MS = 5 * 60 * 1000  # Clocks of producers differ; a day ahead is a mistake.
 HOUR_MS = 3_600_000
 # Spellings of (agreement, meter, dimension values) that are remembered; then begun anew.
 RESOLVED_MAX = 200_000
+VALUE_CHARS_MAX = 256
+
+Why = tuple[Reason, str]
+CounterKey = tuple[int, str, str, Dimensions]  # Period, card, meter, priced dimensions.
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """A payer under a plan, with its escrows by role, as the configuration or the API has it."""
+    """A payer under a plan, with its escrows by role, as the configuration or the API has it.
+
+    Escrows of one role stand in the order in which they are drawn on.
+    """
 
     id: str
     plan: str
@@ -59,40 +96,86 @@ class Agreement:
 
 
 @dataclass(eq=False, slots=True)
-class Counter:
-    """Cumulative usage of one agreement by meter and priced dimensions. Hashed by identity."""
+class Line:
+    """One rate's usage in one period of an agreement, where the charge of a sum is no sum.
+
+    `charge` is in 1 / account.denominator USDC.
+    """
 
     account: Account
+    card: RateCard
+    place: int
+    quantity: int = 0
+    amount: int = 0
+    ended: bool = False
+    charge: int = 0
+
+    def work_out(self) -> int:
+        """Price all of it anew; by how much the charge has changed."""
+        charge = self.card.line_charge(self.place, self.quantity, self.amount, ended=self.ended)
+        charge *= self.account.denominator // self.card.denominator
+        before, self.charge = self.charge, charge
+        return charge - before
+
+
+@dataclass(eq=False, slots=True)
+class Counter:
+    """Cumulative usage of one agreement by period, card, meter and priced dimensions.
+
+    Hashed by identity. `line` is None where the rate is linear.
+    """
+
+    account: Account
+    period: int
     card: str
     meter: Meter
     dimensions: Dimensions
-    weight: int  # What one nano costs, in 1 / account.denominator USDC.
+    number: int
+    weight: int  # What one nano costs, in 1 / account.denominator USDC; for linear rates.
+    role: str
+    line: Line | None = None
+    samples: Samples | None = None
+    # The event brings its price, up to so many picos: the weight is that of the amount.
+    dynamic: bool = False
+    price_max: int = 0
     quantity: int = 0
+    amount: int = 0
     events: int = 0
 
     @property
     def row(self) -> CounterRow:
         """The counter as it is to be stored."""
-        account = self.account.agreement.id
         return CounterRow(
-            account, self.card, self.meter.name, self.dimensions, self.quantity, self.events
+            self.account.agreement.id,
+            self.card,
+            self.meter.name,
+            self.dimensions,
+            self.quantity,
+            self.events,
+            self.period,
+            self.amount,
+            self.number,
         )
 
 
 @dataclass(eq=False, slots=True)
 class Account:
-    """One agreement's side of the ledger."""
+    """One agreement's side of the ledger. Numerators are in 1 / denominator USDC."""
 
     agreement: Agreement
     plan: Plan
     opened_at: int
     denominator: int
-    numerator: int = 0  # Accrued, in 1 / denominator USDC.
+    numerator: int = 0  # Accrued in all.
     events: int = 0
     units: int = 0
     unsettled_since: int = 0
     closing: bool = False
-    counters: dict[tuple[str, str, Dimensions], Counter] = field(default_factory=dict)
+    period: int = 0
+    # Only where the plan draws on more than one role: each one's part.
+    by_role: dict[str, int] | None = None
+    counters: dict[CounterKey, Counter] = field(default_factory=dict)
+    lines: dict[tuple[int, str, int], Line] = field(default_factory=dict)
 
     @property
     def accrued(self) -> Fraction:
@@ -101,19 +184,25 @@ class Account:
 
     @property
     def owed(self) -> int:
-        """Accrued, floored to micros."""
+        """Accrued, floored to micros: what all its escrows together should have released."""
         micros: int = self.numerator * MICROS // self.denominator
         return micros
 
-    @property
-    def standing(self) -> Standing:
-        """What the thresholds look at."""
-        return Standing(self.owed, self.units, self.unsettled_since)
+    def owed_by(self, role: str) -> int:
+        """The part of it that is drawn on the escrows of one role."""
+        if self.by_role is None:
+            return self.owed
+        return self.by_role.get(role, 0) * MICROS // self.denominator
 
     @property
     def escrow(self) -> str:
-        """The escrow that usage is drawn from."""
+        """The first of its escrows: where there is one, it is this."""
         return self.agreement.escrows[0][1]
+
+    @property
+    def escrow_ids(self) -> tuple[str, ...]:
+        """All its escrows, in the order in which they are drawn on."""
+        return tuple(escrow for _, escrow in self.agreement.escrows)
 
     @property
     def row(self) -> AgreementRow:
@@ -130,7 +219,14 @@ class Account:
             events=self.events,
             units=self.units,
             unsettled_since=self.unsettled_since,
+            period=self.period,
         )
+
+    def grow(self, role: str, charge: int) -> None:
+        """Add to what is owed; a charge below zero is a credit."""
+        self.numerator += charge
+        if self.by_role is not None:
+            self.by_role[role] = self.by_role.get(role, 0) + charge
 
 
 @dataclass(slots=True)
@@ -138,7 +234,10 @@ class Resolved:
     """The events of a batch that may accrue, as parallel lists, and those that cannot.
 
     `quantities` in nanos; `buckets` are hours since the epoch. A counter of None marks a
-    `meterd.close`.
+    `meterd.close` or a `meterd.void`. What few events have is kept apart, by their place in the
+    lists: `amounts` of dynamic rates in 10^-21 USDC, and sample `keys` of meters that are not
+    additive. `refused` says, by the delivery's index, why an event is rejected unless it turns out
+    to be a duplicate; `special`: there are events of special types.
     """
 
     rejections: list[Rejection] = field(default_factory=list)
@@ -147,6 +246,10 @@ class Resolved:
     counters: list[Counter | None] = field(default_factory=list)
     quantities: list[int] = field(default_factory=list)
     buckets: list[int] = field(default_factory=list)
+    amounts: dict[int, int] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, Why] = field(default_factory=dict)
+    special: bool = False
 
 
 @dataclass(slots=True)
@@ -163,6 +266,9 @@ class Entry:
     quantities: dict[Counter, int]
     events: Mapping[Counter, int]
     closes: list[Account]
+    voids: list[UsageEvent] = field(default_factory=list)
+    amounts: dict[Counter, int] = field(default_factory=dict)
+    samples: dict[Counter, list[tuple[str, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +279,23 @@ class Totals:
     settled: int
     held: int
     credited: int
+
+
+@dataclass(slots=True)
+class Touched:
+    """What a change of the ledger leaves to be made durable."""
+
+    counters: dict[Counter, None] = field(default_factory=dict)
+    samples: list[SampleRow] = field(default_factory=list)
+    accounts: dict[Account, None] = field(default_factory=dict)
+
+    def change(self) -> Change:
+        """The rows, as they are now."""
+        return Change(
+            agreements=tuple(account.row for account in self.accounts),
+            counters=tuple(counter.row for counter in self.counters),
+            samples=tuple(self.samples),
+        )
 
 
 class Conflict(Exception):
@@ -191,8 +314,12 @@ class Ledger:
         self._resolved: dict[tuple[str | None, ...], Counter] = {}
         self._asked: dict[str, tuple[str, ...]] = {}
         self._accrued: dict[int, int] = {}  # Numerators by denominator.
+        self.cards: dict[str, RateCard] = {}  # All that are known, by id.
         self._stored_cards: set[str] = set()  # Those that a change has been made for.
-        self._note_dimensions()
+        self._counter_next = 1
+        self._by_number: dict[int, Counter] = {}
+        self._period_ends: list[tuple[int, str]] = []  # A heap of (wall ms, agreement).
+        self._note_plans()
 
     # -- Reading back what was stored ---------------------------------------------------------
 
@@ -203,24 +330,27 @@ class Ledger:
         """Rebuild the ledger. Raises `Conflict` when stored sums do not follow from counters."""
         ledger = cls(plans, meters)
         cards = {row.id: RateCard.from_text(row.text) for row in state.cards}
+        ledger.cards.update(cards)
         ledger._stored_cards.update(cards)
         counted: dict[str, list[CounterRow]] = {}
         for row in state.counters:
             counted.setdefault(row.agreement, []).append(row)
+        samples: dict[int, list[Sample]] = {}
+        for sample in state.samples:
+            known = samples.setdefault(sample.counter, [])
+            known.append(Sample(sample.key, sample.quantity, sample.count))
         for escrow in state.escrows:
             ledger.escrows[escrow.id] = escrow
         for agreement in state.agreements:
-            ledger._restore_account(agreement, counted.get(agreement.id, []), cards)
+            ledger._restore_account(agreement, counted.get(agreement.id, []), samples)
         return ledger
 
     def _restore_account(
-        self, row: AgreementRow, counters: Sequence[CounterRow], cards: Mapping[str, RateCard]
+        self,
+        row: AgreementRow,
+        counters: Sequence[CounterRow],
+        samples: Mapping[int, Sequence[Sample]],
     ) -> None:
-        charge = sum((_worth(counter, cards) for counter in counters), Fraction(0))
-        if charge != row.accrued:
-            raise Conflict(
-                f"agreement {row.id}: its counters are worth {charge} USDC, {row.accrued} is stored"
-            )
         plan = self.plans.get(row.plan)
         if plan is None:
             raise Conflict(
@@ -231,33 +361,55 @@ class Ledger:
         if missing or not row.escrows:
             raise Conflict(f"agreement {row.id}: its escrow is not stored: {missing}")
         agreement = Agreement(row.id, row.plan, row.payer, row.escrows, row.origin)
-        account = self._enter(agreement, plan, row.opened_at, row.accrued)
+        account = Account(agreement, plan, row.opened_at, 1)
         account.events, account.units = row.events, row.units
         account.unsettled_since, account.closing = row.unsettled_since, row.closing
+        account.period = row.period
         for stored in counters:
-            meter = self.meters.get(stored.meter) or Meter(stored.meter)
-            weight = 0
-            if stored.card == plan.card.id:
-                place = plan.card.match(stored.meter, dict(stored.dimensions))
-                assert place is not None, "its charge has been worked out above"
-                weight = plan.card.weights[place] * (account.denominator // plan.card.denominator)
-            account.counters[stored.card, stored.meter, stored.dimensions] = Counter(
-                account,
-                stored.card,
-                meter,
-                stored.dimensions,
-                weight,
-                stored.quantity,
-                stored.events,
+            self._restore_counter(account, stored, samples.get(stored.number, ()))
+        self._enter(account)
+        if account.accrued != row.accrued:
+            raise Conflict(
+                f"agreement {row.id}: its counters are worth {account.accrued} USDC, "
+                f"{row.accrued} is stored"
             )
+
+    def _restore_counter(
+        self, account: Account, stored: CounterRow, samples: Sequence[Sample]
+    ) -> None:
+        card = self.cards.get(stored.card)
+        place = None if card is None else card.match(stored.meter, dict(stored.dimensions))
+        if card is None or place is None:
+            raise Conflict(
+                f"agreement {stored.agreement}: no stored rate prices its counter of "
+                f"{stored.meter!r}"
+            )
+        meter = self._meter(stored.meter)
+        counter = Counter(
+            account,
+            stored.period,
+            stored.card,
+            meter,
+            stored.dimensions,
+            stored.number,
+            0,
+            card.rates[place].role,
+            samples=None if meter.additive else Samples.of(meter.aggregation, samples),
+            quantity=stored.quantity,
+            amount=stored.amount,
+            events=stored.events,
+        )
+        account.counters[stored.period, stored.card, stored.meter, stored.dimensions] = counter
+        self._by_number[stored.number] = counter
+        self._counter_next = max(self._counter_next, stored.number + 1)
 
     # -- Agreements ---------------------------------------------------------------------------
 
     def bind(self, agreement: Agreement, wall: int) -> Change:
-        """Enter an agreement, or give a known one another plan or payer. Raises `Conflict`.
+        """Enter an agreement, or give a known one another plan, payer or more escrows.
 
-        Binding again what is bound as asked changes nothing. Escrows of a known agreement stay what
-        they are.
+        Binding again what is bound as asked changes nothing. Escrows that a known agreement has
+        stay; new ones are drawn on behind them. Raises `Conflict`.
         """
         objection = self.objection(agreement, self.plans)
         if objection:
@@ -265,23 +417,34 @@ class Ledger:
         plan = self.plans[agreement.plan]
         account = self.accounts.get(agreement.id)
         if account is None:
-            account = self._enter(agreement, plan, wall, Fraction(0))
+            account = Account(agreement, plan, wall, 1)
             fresh = [Escrow(escrow, agreement.id, role) for role, escrow in agreement.escrows]
             self.escrows.update({escrow.id: escrow for escrow in fresh})
+            self._enter(account)
             return Change(
                 cards=self._new_cards(plan),
                 agreements=(account.row,),
                 escrows=tuple(fresh),
             )
-        if account.agreement == agreement and account.plan == plan:
+        known = account.agreement.escrows
+        added = tuple(pair for pair in agreement.escrows if pair not in known)
+        merged = Agreement(
+            agreement.id, agreement.plan, agreement.payer, (*known, *added), agreement.origin
+        )
+        if account.agreement == merged and account.plan == plan:
             return Change(cards=self._new_cards(plan))
-        account.agreement = agreement
+        account.agreement = merged
+        fresh = [Escrow(escrow, agreement.id, role) for role, escrow in added]
+        for escrow in fresh:
+            self.escrows[escrow.id] = escrow
+            self._by_name[escrow.id] = account
         self._move_to(account, plan)
-        return Change(cards=self._new_cards(plan), agreements=(account.row,))
+        return Change(cards=self._new_cards(plan), agreements=(account.row,), escrows=tuple(fresh))
 
     def objection(self, agreement: Agreement, plans: Mapping[str, Plan]) -> str:
         """Say why an agreement cannot be bound under these plans; "" when it can."""
-        if agreement.plan not in plans:
+        plan = plans.get(agreement.plan)
+        if plan is None:
             known = ", ".join(sorted(plans)) or "none"
             return f"there is no plan {agreement.plan!r}; known: {known}"
         for name in (agreement.id, *(escrow for _, escrow in agreement.escrows)):
@@ -289,10 +452,20 @@ class Ledger:
             if other is not None and other.agreement.id != agreement.id:
                 return f"{name} belongs to agreement {other.agreement.id} already"
         account = self.accounts.get(agreement.id)
-        if account is not None and account.agreement.escrows != agreement.escrows:
+        given = set(agreement.escrows)
+        if account is not None:
+            roles = {escrow: role for role, escrow in account.agreement.escrows}
+            if any(roles.get(escrow, role) != role for role, escrow in given):
+                return f"agreement {agreement.id} has one of these escrows in another role"
+            if not account.closing:
+                given |= set(account.agreement.escrows)
+            elif not given <= set(account.agreement.escrows):
+                return f"agreement {agreement.id} is closing; bind the new escrow under another id"
+        roles_given = {role for role, _ in given}
+        if roles_given != set(plan.roles):
             return (
-                f"agreement {agreement.id} is bound to {dict(account.agreement.escrows)}; "
-                "close it and bind the new escrow under another id"
+                f"plan {plan.name} draws on {' and '.join(plan.roles)}, "
+                f"the agreement has {' and '.join(sorted(roles_given)) or 'no escrow'}"
             )
         return ""
 
@@ -302,55 +475,117 @@ class Ledger:
         A price that was changed while the daemon was down is on a card that the store does not
         know, and a counter must never be stored before its card.
         """
-        cards = {plan.card.id: plan.card for plan in plans}
+        cards = {card.id: card for plan in plans for card in plan.cards}
         new = [card for name, card in cards.items() if name not in self._stored_cards]
         self._stored_cards.update(cards)
         return tuple(CardRow(card.id, card.text) for card in new)
 
-    def _enter(
-        self, agreement: Agreement, plan: Plan, opened_at: int, accrued: Fraction
-    ) -> Account:
-        denominator = math.lcm(plan.card.denominator, accrued.denominator)
-        numerator = accrued.numerator * (denominator // accrued.denominator)
-        account = Account(agreement, plan, opened_at, denominator, numerator)
-        self._accrued[denominator] = self._accrued.get(denominator, 0) + numerator
-        self.accounts[agreement.id] = account
-        for name in (agreement.id, *(escrow for _, escrow in agreement.escrows)):
+    def _enter(self, account: Account) -> None:
+        self.accounts[account.agreement.id] = account
+        for name in (account.agreement.id, *account.escrow_ids):
             self._by_name[name] = account
-        return account
+        self._work_out(account)
+        self._note_period_end(account)
 
     def _move_to(self, account: Account, plan: Plan) -> None:
-        """Price further usage by another card. What was accrued stays what it is."""
-        accrued = account.accrued
+        """Price further usage by another plan. What was accrued stays what it is."""
         self._accrued[account.denominator] -= account.numerator
         account.plan = plan
-        account.denominator = math.lcm(plan.card.denominator, accrued.denominator)
-        account.numerator = accrued.numerator * (account.denominator // accrued.denominator)
+        self._work_out(account)
+        self._note_period_end(account)
+        self._resolved.clear()
+
+    def _work_out(self, account: Account) -> None:
+        """Reckon all that follows from an account's counters and its plan's cards."""
+        cards = {card.id: card for card in account.plan.cards}
+        for counter in account.counters.values():
+            cards.setdefault(counter.card, self.cards[counter.card])
+        account.denominator = math.lcm(*(card.denominator for card in cards.values()))
+        roles = {role for card in cards.values() for role in card.roles}
+        account.by_role = {} if len(roles) > 1 else None
+        account.numerator = 0
+        account.lines.clear()
+        for counter in account.counters.values():
+            self._price(counter, cards[counter.card])
+            if counter.line is None:
+                account.grow(
+                    counter.role, self._linear_charge(counter, counter.quantity, counter.amount)
+                )
+            else:
+                counter.line.quantity += counter.quantity
+                counter.line.amount += counter.amount
+        for period, card in {key[:2] for key in account.counters}:
+            if self._has_ended(account, period, card):
+                self._end_lines(account, period, cards[card])
+        for line in account.lines.values():
+            account.grow(line.card.rates[line.place].role, line.work_out())
         self._accrued[account.denominator] = (
             self._accrued.get(account.denominator, 0) + account.numerator
         )
-        for counter in account.counters.values():
-            if counter.card == plan.card.id:
-                place = plan.card.match(counter.meter.name, dict(counter.dimensions))
-                assert place is not None
-                factor = account.denominator // plan.card.denominator
-                counter.weight = plan.card.weights[place] * factor
-        self._resolved.clear()
+
+    def _price(self, counter: Counter, card: RateCard) -> None:
+        """Give a counter its weight or, where its rate is not linear, its line."""
+        account = counter.account
+        place = card.match(counter.meter.name, dict(counter.dimensions))
+        assert place is not None, "a counter has been made by a rate of its card"
+        rate = card.rates[place]
+        counter.role = rate.role
+        counter.dynamic, counter.price_max = rate.model is Model.DYNAMIC, rate.price
+        counter.weight = card.weights[place] * (account.denominator // card.denominator)
+        counter.line = None if rate.linear else self._line(account, counter.period, card, place)
+
+    def _line(self, account: Account, period: int, card: RateCard, place: int) -> Line:
+        key = period, card.id, place
+        line = account.lines.get(key)
+        if line is None:
+            ended = self._has_ended(account, period, card.id)
+            line = account.lines[key] = Line(account, card, place, ended=ended)
+        return line
+
+    @staticmethod
+    def _linear_charge(counter: Counter, quantity: int, amount: int) -> int:
+        return (amount if counter.dynamic else quantity) * counter.weight
+
+    @staticmethod
+    def _has_ended(account: Account, period: int, card: str) -> bool:
+        ends = account.counters.get((period, card, PERIOD_METER, ()))
+        return ends is not None and ends.quantity > 0
+
+    def _end_lines(self, account: Account, period: int, card: RateCard) -> list[Line]:
+        """Mark the lines of a period as ended, those without usage but with a minimum too."""
+        for place, rate in enumerate(card.rates):
+            if rate.minimum is not None:
+                self._line(account, period, card, place)
+        ended = [line for key, line in account.lines.items() if key[:2] == (period, card.id)]
+        for line in ended:
+            line.ended = True
+        return ended
 
     def reload(self, plans: Mapping[str, Plan], meters: Mapping[str, Meter]) -> Change:
         """Take changed plans and meters.
 
-        Raises `Conflict`, having changed nothing, when a plan in use is gone.
+        Raises `Conflict`, having changed nothing, when a plan in use is gone, or its period or its
+        roles have changed.
         """
         gone = sorted({account.plan.name for account in self.accounts.values()} - set(plans))
         if gone:
             raise Conflict(f"plans in use are missing: {', '.join(gone)}; put them back")
+        for account in self.accounts.values():
+            before, after = account.plan, plans[account.plan.name]
+            if (before.period, before.roles) != (after.period, after.roles):
+                raise Conflict(
+                    f"plan {before.name} is in use: its period and the escrows that it draws on "
+                    "stay; write a plan of another name"
+                )
         self.plans, self.meters = dict(plans), dict(meters)
-        self._note_dimensions()
+        self._note_plans()
         self._resolved.clear()
         for account in self.accounts.values():
             for counter in account.counters.values():
-                counter.meter = self.meters.get(counter.meter.name, counter.meter)
+                fresh = self._meter(counter.meter.name)
+                both = fresh.additive and counter.meter.additive
+                if both or fresh.aggregation is counter.meter.aggregation:
+                    counter.meter = fresh
         changed = [
             account
             for account in self.accounts.values()
@@ -363,15 +598,163 @@ class Ledger:
             agreements=tuple(account.row for account in changed),
         )
 
-    def close(self, account: Account) -> AgreementRow:
-        """Mark an agreement as closing: usage is still taken until its escrow is closed."""
-        account.closing = True
-        return account.row
+    def close(self, account: Account) -> Touched:
+        """Mark an agreement as closing: usage is still taken until its escrows are closed.
+
+        The running period ends with it, so its fee and its minimums are owed.
+        """
+        touched = Touched(accounts={account: None})
+        if not account.closing:
+            self._end_period(account, touched)
+            account.closing = True
+        return touched
+
+    # -- Periods ------------------------------------------------------------------------------
+
+    def end_periods(self, now: int, margin: int) -> tuple[Touched, list[Account]]:
+        """End the periods that are over, wall ms; and name the agreements that lapsed.
+
+        `margin`: how long before an escrow's own deadline, in ms, a fee must be owed so that it can
+        still be released. An agreement lapses when its escrows cannot hold the fee of the period
+        that ends: then nobody has renewed it, and it is closed instead of owing what nobody has
+        locked.
+        """
+        touched, lapsed = Touched(), []
+        while self._period_ends and self._period_ends[0][0] <= now:
+            _, name = heapq.heappop(self._period_ends)
+            account = self.accounts[name]
+            ends = self._period_due(account, margin)
+            if ends is None or ends > now:
+                self._note_period_end(account, margin)
+                continue
+            touched.accounts[account] = None
+            if self.is_covered(account):
+                self._end_period(account, touched)
+                account.period += 1
+                self._note_period_end(account, margin)
+            else:
+                account.closing = True
+                lapsed.append(account)
+        return touched, lapsed
+
+    @property
+    def next_period_end(self) -> int | None:
+        """When to look for a period's end next, wall ms; None: never."""
+        return self._period_ends[0][0] if self._period_ends else None
+
+    def _note_period_end(self, account: Account, margin: int = 0) -> None:
+        ends = self._period_due(account, margin)
+        if ends is not None:
+            heapq.heappush(self._period_ends, (ends, account.agreement.id))
+
+    def _period_due(self, account: Account, margin: int) -> int | None:
+        """When the running period is to be ended: before the deadline that would take its money.
+
+        Where the service itself pays at the deadline, at the period's own end.
+        """
+        plan = account.plan
+        ends = plan.period_ends(account.opened_at, account.period)
+        if ends is None or account.closing:
+            return None
+        assert plan.period is not None
+        if plan.period_end is PeriodEnd.AUTO:
+            return ends
+        lead = max(margin, plan.settle.before_deadline)
+        deadlines = [
+            escrow.deadline - lead
+            for escrow in self.escrows_of(account)
+            if escrow.deadline is not None
+            and escrow.remaining > 0
+            and ends - plan.period < escrow.deadline - lead < ends
+        ]
+        return min(deadlines, default=ends)
+
+    def is_covered(self, account: Account) -> bool:
+        """Whether the escrows of the fee's role can hold the fees up to the running period."""
+        card = self._period_card(account)
+        place = card.match(PERIOD_METER, {})
+        if place is None or not card.rates[place].price:
+            return True
+        rate = card.rates[place]
+        fee = rate.price * MICROS // 10**12
+        escrows = [
+            self.escrows[name] for role, name in account.agreement.escrows if role == rate.role
+        ]
+        if any(not escrow.total for escrow in escrows):
+            return True  # One that is not read yet may hold anything.
+        return sum(map(_capacity, escrows)) >= account.owed_by(rate.role) + fee
+
+    def _period_card(self, account: Account) -> RateCard:
+        """The card in force when the running period began: the fee and the minimums are its."""
+        begins = account.opened_at + account.period * (account.plan.period or 0)
+        return account.plan.card_at(begins)
+
+    def _end_period(self, account: Account, touched: Touched) -> None:
+        card = self._period_card(account)
+        key = account.period, card.id, PERIOD_METER, ()
+        if card.match(PERIOD_METER, {}) is None or key in account.counters:
+            return
+        counter = self._new_counter(account, account.period, card, PERIOD_METER, ())
+        counter.quantity = NANOS
+        touched.counters[counter] = None
+        charges = [(counter.role, NANOS * counter.weight)]
+        ended = self._end_lines(account, account.period, card)
+        charges += [(card.rates[line.place].role, line.work_out()) for line in ended]
+        for role, charge in charges:
+            account.grow(role, charge)
+            self._accrued[account.denominator] += charge
+        if not account.unsettled_since:
+            account.unsettled_since = account.opened_at + (account.period + 1) * (
+                account.plan.period or 0
+            )
+
+    # -- What each escrow owes ------------------------------------------------------------------
+
+    def owed_on(self, account: Account, escrow: Escrow) -> int:
+        """What one escrow should have released by meterd in all, micros.
+
+        Of several of one role the oldest is drawn on first, up to what it can hold. Whatever the
+        figures of the others do, all of them together are never asked for more than is owed.
+        """
+        if len(account.agreement.escrows) == 1:
+            return account.owed
+        owed = account.owed_by(escrow.role)
+        rest, others, before = owed, 0, True
+        for role, name in account.agreement.escrows:
+            if role != escrow.role:
+                continue
+            if name == escrow.id:
+                before = False
+                continue
+            other = self.escrows[name]
+            paid = _paid(other)
+            others += paid
+            if before:
+                rest -= max(paid, min(rest, _capacity(other)))
+        return max(0, min(rest, owed - others))
+
+    def standing(self, account: Account, escrow: Escrow) -> Standing:
+        """What the thresholds look at, for one of an account's escrows."""
+        return Standing(self.owed_on(account, escrow), account.units, account.unsettled_since)
+
+    def escrows_of(self, account: Account) -> Iterator[Escrow]:
+        """The escrows of an account, in the order in which they are drawn on."""
+        for _, name in account.agreement.escrows:
+            yield self.escrows[name]
+
+    def is_closed(self, account: Account) -> bool:
+        """Whether nothing more can be paid to this agreement, so that usage is refused."""
+        if len(account.agreement.escrows) == 1:
+            return self.escrows[account.escrow].status is EscrowStatus.CLOSED
+        return all(escrow.status is EscrowStatus.CLOSED for escrow in self.escrows_of(account))
 
     def settled_from(self, account: Account, wall: int) -> AgreementRow | None:
         """Begin the interval anew behind a release; None when nothing of the row changed."""
-        escrow = self.escrows[account.escrow]
-        since = wall if escrow.unsettled(account.owed) > 0 else 0
+        unsettled = any(
+            escrow.unsettled(self.owed_on(account, escrow)) > 0
+            for escrow in self.escrows_of(account)
+        )
+        since = wall if unsettled else 0
         if since == account.unsettled_since:
             return None
         account.unsettled_since = since
@@ -383,11 +766,19 @@ class Ledger:
         self.escrows[escrow.id] = escrow
         if escrow.status is EscrowStatus.CLOSED and before.status is not EscrowStatus.CLOSED:
             self._resolved.clear()  # Its counters must be asked for anew, to be refused.
+        if escrow.deadline != before.deadline:
+            account = self.accounts[escrow.agreement]
+            if account.plan.period is not None:  # Look at once: it may be due before the deadline.
+                heapq.heappush(self._period_ends, (0, account.agreement.id))
         return before
 
     def account(self, name: str) -> Account | None:
         """Find an account by its agreement's id or by the id of one of its escrows."""
         return self._by_name.get(name)
+
+    def counter(self, number: int) -> Counter | None:
+        """Find a counter by its number."""
+        return self._by_number.get(number)
 
     def totals(self) -> Totals:
         """Sum up over all agreements."""
@@ -402,13 +793,18 @@ class Ledger:
             credited += escrow.credited
         return Totals(accrued, settled, held, credited)
 
-    def _note_dimensions(self) -> None:
-        """Note the dimensions that a meter's price depends on in any plan: a spelling has them."""
+    def _note_plans(self) -> None:
+        """Note the cards, and the dimensions that a meter's price depends on in any of them."""
         asked: dict[str, set[str]] = {}
         for plan in self.plans.values():
-            for rate in plan.card.rates:
-                asked.setdefault(rate.meter, set()).update(name for name, _ in rate.where)
+            for card in plan.cards:
+                self.cards[card.id] = card
+                for rate in card.rates:
+                    asked.setdefault(rate.meter, set()).update(name for name, _ in rate.where)
         self._asked = {meter: tuple(sorted(names)) for meter, names in asked.items()}
+
+    def _meter(self, name: str) -> Meter:
+        return _OWN.get(name) or self.meters.get(name) or Meter(name)
 
     # -- A batch ------------------------------------------------------------------------------
 
@@ -464,7 +860,7 @@ class Ledger:
                 or (event.agreement and event.escrow_id)
                 or len(event.dimensions) > DIMENSIONS_MAX
             ):
-                counter_or_not = self._counter(event, key)
+                counter_or_not = self._counter(event, key, now, index, found)
                 if isinstance(counter_or_not, tuple):
                     rejections.append(Rejection(index, printable(event.id), *counter_or_not))
                     continue
@@ -498,14 +894,18 @@ class Ledger:
                     quantity = number * NANOS
                 else:
                     try:
-                        quantity = meter.measure(number)
+                        quantity = _measured(meter, event)
                     except BadNumber as error:
                         rejections.append(
                             Rejection(index, event_id, Reason.BAD_QUANTITY, f"quantity: {error}")
                         )
                         continue
-                    event.quantity = _one_spelling(meter, quantity)
                 event.agreement = counter.account.agreement.id
+                if counter.samples is not None or counter.dynamic or event.price:
+                    why = _note_extras(found, counter, event, quantity, now)
+                    if why is not None:
+                        rejections.append(Rejection(index, event_id, *why))
+                        continue
             event.escrow_id = ""
             take_index(index)
             take_event(event)
@@ -515,12 +915,15 @@ class Ledger:
         return found
 
     def _counter(
-        self, event: UsageEvent, key: tuple[str | None, ...]
-    ) -> Counter | tuple[Reason, str] | None:
-        """Find or make the counter of an event, the slow way; None for a `meterd.close`."""
+        self, event: UsageEvent, key: tuple[str | None, ...], now: int, index: int, found: Resolved
+    ) -> Counter | Why | None:
+        """Find or make the counter of an event, the slow way; None where it has none.
+
+        What is refused only where it is no duplicate is noted in `found`.
+        """
         name = event.agreement or event.escrow_id
         account = self._by_name.get(name)
-        if event.type and event.type != CLOSE_TYPE:
+        if event.type and event.type not in SPECIAL_TYPES:
             detail = f"type {event.type[:80]!r} is not known; leave it out for usage"
             return Reason.UNKNOWN_TYPE, detail
         if account is None:
@@ -532,23 +935,52 @@ class Ledger:
             other = self._by_name.get(event.escrow_id)
             if other is not account:
                 return Reason.MISMATCH, "agreement and escrow_id name different agreements"
-        if self.escrows[account.escrow].status is EscrowStatus.CLOSED:
-            return Reason.CLOSED, f"agreement {account.agreement.id} is closed"
-        if event.type:
+        if self.is_closed(account):
+            closed = f"agreement {account.agreement.id} is closed"
+            found.refused[index] = Reason.CLOSED, closed
+        found.special |= bool(event.type)
+        if event.type in (CLOSE_TYPE, VOID_TYPE):
             event.agreement = account.agreement.id
+            if event.type == VOID_TYPE and not 0 < len(event.voids) <= ID_CHARS_MAX:
+                return Reason.MALFORMED, "voids: the id of the event to take back"
             return None
-        return self._counter_of(account, event, key)
+        at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
+        if event.type:
+            return self._reached(account, event, at)
+        return self._counter_of(account, event, key, at, closed=index in found.refused)
+
+    def _reached(self, account: Account, event: UsageEvent, at: int) -> Counter | Why:
+        """Find or make the counter of a milestone or an outcome."""
+        plan = account.plan
+        card = plan.card_at(at)
+        dimensions = (("name", event.name),) if event.type == MILESTONE_TYPE else ()
+        if card.match(event.type, dict(dimensions)) is None:
+            if event.type not in card.meters:
+                return Reason.UNKNOWN_TYPE, f"plan {plan.name} knows no {event.type}"
+            known = ", ".join(plan.tranches)
+            return Reason.UNKNOWN_METER, f"no tranche {event.name[:80]!r}; known: {known}"
+        event.meter = event.type
+        counter = account.counters.get((0, card.id, event.type, dimensions))
+        if counter is None:
+            counter = self._new_counter(account, 0, card, event.type, dimensions)
+        return counter
 
     def _counter_of(
-        self, account: Account, event: UsageEvent, key: tuple[str | None, ...]
-    ) -> Counter | tuple[Reason, str]:
-        card = account.plan.card
-        meter = self.meters.get(event.meter)
-        if meter is None or event.meter not in card.meters:
-            known = ", ".join(sorted(card.meters))
+        self,
+        account: Account,
+        event: UsageEvent,
+        key: tuple[str | None, ...],
+        at: int,
+        *,
+        closed: bool,
+    ) -> Counter | Why:
+        plan = account.plan
+        card = plan.card_at(at)
+        if event.meter not in self.meters or event.meter not in card.meters:
+            known = ", ".join(sorted(card.meters - OWN_METERS))
             return (
                 Reason.UNKNOWN_METER,
-                f"plan {account.plan.name} has no meter {event.meter[:80]!r}; it has {known}",
+                f"plan {plan.name} has no meter {event.meter[:80]!r}; it has {known}",
             )
         # Only the values that are remembered are looked at, so that the verdict on an event does
         # not depend on whether another one with the same spelling came before it.
@@ -560,18 +992,32 @@ class Ledger:
                 Reason.MALFORMED,
                 f"at most {DIMENSIONS_MAX} dimensions of {NAME_CHARS_MAX} printable characters",
             )
-        place = card.match(event.meter, event.dimensions)
-        if place is None:
-            return Reason.NO_RATE, f"no rate of plan {account.plan.name} fits the dimensions"
+        if card.match(event.meter, event.dimensions) is None:
+            return Reason.NO_RATE, f"no rate of plan {plan.name} fits the dimensions"
         dimensions = card.priced(event.meter, event.dimensions)
-        counter = account.counters.get((card.id, event.meter, dimensions))
+        period = plan.period_at(account.opened_at, at)
+        counter = account.counters.get((period, card.id, event.meter, dimensions))
         if counter is None:
-            weight = card.weights[place] * (account.denominator // card.denominator)
-            counter = Counter(account, card.id, meter, dimensions, weight)
-            account.counters[card.id, event.meter, dimensions] = counter
-        if len(self._resolved) >= RESOLVED_MAX:
-            self._resolved.clear()
-        self._resolved[key] = counter
+            counter = self._new_counter(account, period, card, event.meter, dimensions)
+        # A spelling is remembered only where the time of an event decides nothing.
+        if not plan.timed and not closed:
+            if len(self._resolved) >= RESOLVED_MAX:
+                self._resolved.clear()
+            self._resolved[key] = counter
+        return counter
+
+    def _new_counter(
+        self, account: Account, period: int, card: RateCard, name: str, dimensions: Dimensions
+    ) -> Counter:
+        meter = self._meter(name)
+        samples = None if meter.additive else Samples(meter.aggregation)
+        counter = Counter(
+            account, period, card.id, meter, dimensions, self._counter_next, 0, "", samples=samples
+        )
+        self._counter_next += 1
+        self._by_number[counter.number] = counter
+        self._price(counter, card)
+        account.counters[period, card.id, name, dimensions] = counter
         return counter
 
     def decide(
@@ -589,22 +1035,31 @@ class Ledger:
         rejections = list(resolved.rejections)
         fresh: list[bool] | None = None
         duplicates = 0
-        if max(known, default=-1) >= 0 or len(set(digests)) < len(digests):
+        if (
+            resolved.special
+            or resolved.refused
+            or max(known, default=-1) >= 0
+            or len(set(digests)) < len(digests)
+        ):
             fresh = []
             seen: dict[bytes, int] = {}
+            reached: set[Counter] = set()
             for place, digest in enumerate(digests):
                 before = known[place] if known[place] >= 0 else seen.get(digest, -1)
-                fresh.append(before < 0)
+                why: Why | None = None
                 if before < 0:
-                    seen[digest] = prints[place]
-                elif before == prints[place]:
-                    duplicates += 1
+                    why = resolved.refused.get(resolved.indices[place])
+                    why = why or _out_of_turn(resolved, place, reached)
+                elif before != prints[place]:
+                    why = Reason.CONFLICT, "the same source and id came before with other content"
                 else:
-                    event = resolved.events[place]
-                    detail = "the same source and id came before with other content"
-                    rejections.append(
-                        Rejection(resolved.indices[place], event.id, Reason.CONFLICT, detail)
-                    )
+                    duplicates += 1
+                fresh.append(before < 0 and why is None)
+                if fresh[-1]:
+                    seen[digest] = prints[place]
+                elif why is not None:
+                    event_id = resolved.events[place].id
+                    rejections.append(Rejection(resolved.indices[place], event_id, *why))
         counters: Iterable[Counter | None] = resolved.counters
         pairs = zip(resolved.counters, resolved.quantities, strict=True)
         if fresh is not None:
@@ -614,13 +1069,17 @@ class Ledger:
         for counter, quantity in pairs:
             sums[counter] = sums.get(counter, 0) + quantity
         events = collections.Counter(counters)
+        accepted = sum(events.values())
         closes: list[Account] = []
+        voids: list[UsageEvent] = []
         if None in sums:
             del sums[None]
-            closes = self._closes(resolved, fresh)
-        accepted = sum(events.values())
+            closes, voids = self._without_counter(resolved, fresh)
+        if resolved.special:  # An outcome is the last that its agreement has to say.
+            scored = (c.account for c in events if c is not None and c.meter.name == OUTCOME_METER)
+            closes += scored
         del events[None]
-        return Entry(
+        entry = Entry(
             accepted,
             duplicates,
             rejections,
@@ -628,46 +1087,192 @@ class Ledger:
             sums,  # type: ignore[arg-type]  # None was taken out above.
             events,  # type: ignore[arg-type]
             closes,
+            voids,
         )
+        if resolved.amounts or resolved.keys:
+            _add_extras(entry, resolved, fresh)
+        return entry
 
-    def _closes(self, resolved: Resolved, fresh: list[bool] | None) -> list[Account]:
+    def _without_counter(
+        self, resolved: Resolved, fresh: list[bool] | None
+    ) -> tuple[list[Account], list[UsageEvent]]:
         asking = zip(resolved.counters, resolved.events, strict=True)
         chosen = asking if fresh is None else compress(asking, fresh)
-        return [self.accounts[event.agreement] for counter, event in chosen if counter is None]
+        events = [event for counter, event in chosen if counter is None]
+        closes = [self.accounts[event.agreement] for event in events if event.type == CLOSE_TYPE]
+        return closes, [event for event in events if event.type == VOID_TYPE]
 
-    def apply(self, entry: Entry, wall: int) -> tuple[list[CounterRow], list[Account]]:
-        """Add a decided batch. Hands out the changed counters and accounts; cannot refuse."""
-        touched: dict[Account, int] = {}
-        rows: list[CounterRow] = []
+    def apply(self, entry: Entry, wall: int) -> Touched:
+        """Add a decided batch; cannot refuse."""
+        touched = Touched()
         for counter, quantity in entry.quantities.items():
-            account = counter.account
-            events = entry.events[counter]
-            counter.quantity += quantity
-            counter.events += events
-            charge = quantity * counter.weight
-            account.numerator += charge
-            account.events += events
-            account.units += quantity
-            touched[account] = touched.get(account, 0) + charge
-            rows.append(counter.row)
-        for account, charge in touched.items():
-            self._accrued[account.denominator] += charge
+            if counter.samples is not None:
+                quantity = self._sample(counter, entry.samples[counter], touched)  # noqa: PLW2901
+            amount = entry.amounts.get(counter, 0) if entry.amounts else 0
+            self._count(counter, quantity, amount, entry.events[counter], touched)
+        self._charge_lines(touched)
+        for account in touched.accounts:
             if not account.unsettled_since:
                 account.unsettled_since = wall
         for account in entry.closes:
-            account.closing = True
-            touched.setdefault(account, 0)
-        return rows, list(touched)
+            closed = self.close(account)
+            touched.counters.update(closed.counters)
+            touched.accounts.update(closed.accounts)
+        return touched
+
+    def take_back(
+        self, counter: Counter, quantity: int, amount: int, key: str, touched: Touched
+    ) -> None:
+        """Take one event back: the counters are as if it had never come. What was paid is credit.
+
+        `quantity`, `amount` and the sample's `key` are those that were added for it.
+        """
+        if counter.samples is not None:
+            before = counter.samples.quantity
+            sample = counter.samples.add(key, quantity, -1)
+            touched.samples.append(SampleRow(counter.number, key, sample.quantity, sample.count))
+            quantity = before - counter.samples.quantity
+        self._count(counter, -quantity, -amount, -1, touched)
+        self._charge_lines(touched)
+
+    def _count(
+        self, counter: Counter, quantity: int, amount: int, events: int, touched: Touched
+    ) -> None:
+        """Add to one counter and, where its rate is linear, to what is owed."""
+        account = counter.account
+        counter.quantity += quantity
+        counter.events += events
+        account.events += events
+        if counter.meter.name not in OWN_METERS:
+            account.units += quantity
+        touched.counters[counter] = None
+        touched.accounts[account] = None
+        if counter.line is not None:
+            counter.amount += amount
+            counter.line.quantity += quantity
+            counter.line.amount += amount
+            return
+        charge = quantity * counter.weight
+        if counter.dynamic:
+            counter.amount += amount
+            charge = amount * counter.weight
+        account.numerator += charge
+        if account.by_role is not None:
+            account.by_role[counter.role] = account.by_role.get(counter.role, 0) + charge
+        self._accrued[account.denominator] += charge
+
+    def _charge_lines(self, touched: Touched) -> None:
+        """Work out anew the lines whose charge is no sum, once for all that touched them."""
+        lines = {counter.line: None for counter in touched.counters if counter.line is not None}
+        for line in lines:
+            charge = line.work_out()
+            line.account.grow(line.card.rates[line.place].role, charge)
+            self._accrued[line.account.denominator] += charge
+
+    def _sample(self, counter: Counter, said: Sequence[tuple[str, int]], touched: Touched) -> int:
+        """Take samples in; by how much what the meter shows has grown."""
+        samples = counter.samples
+        assert samples is not None
+        before = samples.quantity
+        changed = {key: samples.add(key, quantity) for key, quantity in said}
+        touched.samples += [
+            SampleRow(counter.number, sample.key, sample.quantity, sample.count)
+            for sample in changed.values()
+        ]
+        return samples.quantity - before
 
 
-def _worth(counter: CounterRow, cards: Mapping[str, RateCard]) -> Fraction:
-    """Price one stored counter by its own card. Raises `Conflict` when that cannot be done."""
-    card = cards.get(counter.card)
-    if card is None or card.match(counter.meter, dict(counter.dimensions)) is None:
-        raise Conflict(
-            f"agreement {counter.agreement}: no stored rate prices its counter of {counter.meter!r}"
-        )
-    return card.charge({(counter.meter, counter.dimensions): counter.quantity})
+def _paid(escrow: Escrow) -> int:
+    """What an escrow has paid under its agreement; an open release counts as paid."""
+    return max(escrow.observed, escrow.expected) - escrow.baseline + escrow.held
+
+
+def _capacity(escrow: Escrow) -> int:
+    """What an escrow can pay in all under its agreement; one that has ended, what it paid."""
+    if escrow.status is EscrowStatus.CLOSED or escrow.service_status in ENDED:
+        return _paid(escrow)
+    return max(_paid(escrow), escrow.observed + escrow.remaining - escrow.baseline)
+
+
+def _out_of_turn(resolved: Resolved, place: int, reached: set[Counter]) -> Why | None:
+    """Say why a milestone or an outcome that is new comes at the wrong time; note that it came."""
+    counter = resolved.counters[place]
+    if counter is None or counter.meter.name not in ONCE:
+        return None
+    account = counter.account
+    if counter.events or counter in reached:
+        what = dict(counter.dimensions).get("name", "an outcome")
+        return Reason.REACHED, f"agreement {account.agreement.id} had {what} before"
+    if account.plan.ordered:
+        for name in account.plan.tranches:
+            if (("name", name),) == counter.dimensions:
+                break
+            key = 0, counter.card, MILESTONE_METER, (("name", name),)
+            earlier = account.counters.get(key)
+            if earlier is None or not (earlier.events or earlier in reached):
+                return Reason.OUT_OF_ORDER, f"{name} comes first; send this one again after it"
+    reached.add(counter)
+    return None
+
+
+def _measured(meter: Meter, event: UsageEvent) -> int:
+    """Read what an event says, in nanos, and write it in one spelling. Raises `BadNumber`."""
+    if meter.name == OUTCOME_METER:
+        nanos = score_nanos(event.score)
+        event.score = format_quantity(nanos)
+        return nanos
+    quantity = meter.measure(event.quantity)
+    event.quantity = _one_spelling(meter, quantity)
+    return quantity
+
+
+def _note_extras(
+    found: Resolved, counter: Counter, event: UsageEvent, quantity: int, now: int
+) -> Why | None:
+    """Note an event's sample or its own price; why it cannot be taken, if so."""
+    place, meter = len(found.events), counter.meter
+    if counter.samples is not None:
+        value = event.value
+        if meter.aggregation is Aggregation.UNIQUE and not (
+            0 < len(value) <= VALUE_CHARS_MAX and value.isprintable()
+        ):
+            return (
+                Reason.MALFORMED,
+                f"value: 1 to {VALUE_CHARS_MAX} printable characters to tell apart",
+            )
+        at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
+        found.keys[place] = meter.sample_key(quantity, value, at, event.id)
+    if counter.dynamic or event.price:
+        return _note_price(found, counter, event, quantity)
+    return None
+
+
+def _note_price(found: Resolved, counter: Counter, event: UsageEvent, quantity: int) -> Why | None:
+    """Note the amount of an event that brings its own price, which only some rates want."""
+    if not counter.dynamic:
+        detail = f"the plan has its own price for {counter.meter.name}; leave price out"
+        return Reason.BAD_PRICE, detail
+    try:
+        picos = parse_price(str(event.price))
+    except BadNumber as error:
+        return Reason.BAD_PRICE, f"price: {error}"
+    if picos > counter.price_max:
+        return Reason.BAD_PRICE, f"price: the plan allows {format_price(counter.price_max)} at most"
+    event.price = format_price(picos)
+    found.amounts[len(found.events)] = quantity * picos
+    return None
+
+
+def _add_extras(entry: Entry, resolved: Resolved, fresh: list[bool] | None) -> None:
+    for place, amount in resolved.amounts.items():
+        counter = resolved.counters[place]
+        if counter is not None and (fresh is None or fresh[place]):
+            entry.amounts[counter] = entry.amounts.get(counter, 0) + amount
+    for place, key in resolved.keys.items():
+        counter = resolved.counters[place]
+        if counter is not None and (fresh is None or fresh[place]):
+            said = entry.samples.setdefault(counter, [])
+            said.append((key, resolved.quantities[place]))
 
 
 def _bad_id(index: int, event_id: str) -> Rejection:
@@ -689,13 +1294,20 @@ def _untimely(index: int, event: UsageEvent, *, early: bool) -> Rejection:
 
 def _one_spelling(meter: Meter, quantity: int) -> int | str:
     """12, "12" and 12.0 are the same content."""
-    if meter.aggregation is Aggregation.COUNT:
+    if meter.aggregation in (Aggregation.COUNT, Aggregation.UNIQUE):
         return 1
     return quantity // NANOS if quantity % NANOS == 0 else format_quantity(quantity)
 
 
+# Meterd's own meters: one milestone counts as one, an outcome as its score.
+_OWN = {
+    PERIOD_METER: Meter(PERIOD_METER, Aggregation.COUNT),
+    MILESTONE_METER: Meter(MILESTONE_METER, Aggregation.COUNT),
+    OUTCOME_METER: Meter(OUTCOME_METER, Aggregation.SUM),
+}
 _SUM = Aggregation.SUM  # One look-up less for each event.
 _EPOCH = datetime.fromtimestamp(0, UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 _canonical = msgspec.json.Encoder(order="sorted")
 
 

@@ -64,6 +64,7 @@ UNFINISHED = frozenset(
         ReleaseStatus.ESCALATED,
     }
 )
+WALLET = "wallet"  # The role of a payer's wallet, drawn on like an escrow.
 UNKNOWN_OUTCOME = frozenset({ReleaseStatus.IN_DOUBT, ReleaseStatus.ESCALATED})
 
 # What the service's own words mean (escrow-api.md, "states").
@@ -132,6 +133,8 @@ class Escrow:
     quarantine_factor: int = 1  # Grows when the world showed that the quarantine was too short.
     units_settled: int = 0  # The agreement's units when the last release was confirmed, in nanos.
     settled_at: int = 0  # When that was, wall ms.
+    # What is left is to be refunded once the escrow is closed; taken back when it has been.
+    refund: bool = False
     release: Release | None = None
     voids: tuple[Release, ...] = ()  # Releases given up as absent: any of them may still land.
     # Not stored.
@@ -146,6 +149,11 @@ class Escrow:
     def expected(self) -> int:
         """What the service should show as released, when nothing is open."""
         return self.baseline + self.settled + self.credited
+
+    @property
+    def refillable(self) -> bool:
+        """Whether its total may change: a wallet's payer fills it up, an escrow has no top-up."""
+        return self.role == WALLET
 
     @property
     def held(self) -> int:
@@ -410,6 +418,7 @@ def _observed(state: Escrow, event: Observed, rules: Rules) -> Outcome:
     state = replace(
         state,
         reading=reading,
+        total=reading.total if state.refillable and state.total else state.total,
         observed=reading.released,
         remaining=reading.remaining,
         service_status=reading.status,
@@ -441,7 +450,10 @@ def _misfit(state: Escrow, reading: Reading, rules: Rules) -> str:
             adopted and state.provider != reading.provider,
             f"the provider changed from {state.provider} to {reading.provider}",
         ),
-        (adopted and state.total != reading.total, "the total of the escrow changed"),
+        (
+            adopted and state.total != reading.total and not state.refillable,
+            "the total of the escrow changed",
+        ),
         (
             reading.released + reading.remaining + reading.refunded != reading.total,
             "released + remaining + refunded is not the total",
@@ -538,6 +550,8 @@ def _compare(state: Escrow, event: Observed, rules: Rules) -> Outcome:
     if state.status is EscrowStatus.FROZEN:
         return state, ()
     if state.service_status in ENDED:
+        # What the service paid out by itself at the end (a deadline, a hand) is payment too.
+        state = replace(state, credited=state.credited + max(0, difference))
         return _follow(state, event, rules)
     if difference > 0:
         return _surplus(state, event, rules, difference)

@@ -23,8 +23,10 @@ from meterd.core.changes import (
     Change,
     CounterRow,
     DeadLetter,
+    Hold,
     JournalEntry,
     MarkBlock,
+    SampleRow,
 )
 from meterd.core.settlement import UNFINISHED, Escrow, EscrowStatus, Release, ReleaseStatus
 from meterd.store import identities
@@ -170,9 +172,50 @@ CREATE TRIGGER journal_kept BEFORE DELETE ON journal
 BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END;
 """
 
+_VERSION_2 = f"""
+ALTER TABLE agreement ADD COLUMN period INTEGER NOT NULL DEFAULT 0 CHECK (period >= 0);
+ALTER TABLE escrow ADD COLUMN refund INTEGER NOT NULL DEFAULT 0 CHECK (refund IN (0, 1));
+
+CREATE TABLE counter_of_period (
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    card TEXT NOT NULL REFERENCES card (id) DEFERRABLE INITIALLY DEFERRED,
+    meter TEXT NOT NULL,
+    dimensions TEXT NOT NULL,
+    {_count("quantity")},
+    events INTEGER NOT NULL CHECK (events >= 0),
+    period INTEGER NOT NULL CHECK (period >= 0),
+    {_count("amount")},
+    number INTEGER NOT NULL UNIQUE CHECK (number > 0),
+    PRIMARY KEY (agreement, period, card, meter, dimensions)
+) STRICT, WITHOUT ROWID;
+INSERT INTO counter_of_period
+SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER ()
+FROM counter;
+DROP TABLE counter;
+ALTER TABLE counter_of_period RENAME TO counter;
+
+CREATE TABLE sample (
+    counter INTEGER NOT NULL REFERENCES counter (number) DEFERRABLE INITIALLY DEFERRED,
+    key TEXT NOT NULL,
+    {_count("quantity")},
+    count INTEGER NOT NULL CHECK (count >= 0),
+    PRIMARY KEY (counter, key)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE hold (
+    id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    amount INTEGER NOT NULL CHECK (amount >= 0),
+    meter TEXT NOT NULL,
+    {_count("quantity")},
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
 # Each step leads from the version that is its place in this list to the next one. A step that has
 # been published is never changed: stores exist that went up by it.
-LADDER: Sequence[str] = (_VERSION_1,)
+LADDER: Sequence[str] = (_VERSION_1, _VERSION_2)
 VERSION = len(LADDER)
 
 # -------------------------------------------------------------------------------------------------
@@ -209,11 +252,15 @@ class Upsert:
             done += size
 
 
-_AGREEMENT = "id plan payer origin escrows closing opened_at accrued events units unsettled_since"
-_COUNTER = "agreement card meter dimensions quantity events"
+_AGREEMENT = (
+    "id plan payer origin escrows closing opened_at accrued events units unsettled_since period"
+)
+_COUNTER = "agreement card meter dimensions quantity events period amount number"
+_SAMPLE = "counter key quantity count"
+_HOLD = "id agreement amount meter quantity created_at expires_at"
 _ESCROW = (
     "id agreement role status reason closing total baseline settled credited observed remaining"
-    " service_status provider deadline quarantine_factor units_settled settled_at"
+    " service_status provider deadline quarantine_factor units_settled settled_at refund"
 )
 _RELEASE = "id escrow amount before status why units created_at changed_at history"
 _DEAD_LETTER = "number source event_id reason detail payload transport_id fields received_at"
@@ -223,7 +270,9 @@ PUT_SETTING = Upsert("setting", "name value", "name")
 PUT_MARKS = Upsert("mark_block", "number bucket count data", "number", replace=False)
 _PUT_CARD = Upsert("card", "id text", "id", replace=False)
 _PUT_AGREEMENT = Upsert("agreement", _AGREEMENT, "id")
-_PUT_COUNTER = Upsert("counter", _COUNTER, "agreement card meter dimensions")
+_PUT_COUNTER = Upsert("counter", _COUNTER, "agreement period card meter dimensions")
+_PUT_SAMPLE = Upsert("sample", _SAMPLE, "counter key")
+_PUT_HOLD = Upsert("hold", _HOLD, "id")
 _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
 _PUT_DEAD_LETTER = Upsert("dead_letter", _DEAD_LETTER, "number")
@@ -232,6 +281,8 @@ _PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
 
 AGREEMENT_COLUMNS = _AGREEMENT.replace(" ", ", ")
 COUNTER_COLUMNS = _COUNTER.replace(" ", ", ")
+SAMPLE_COLUMNS = _SAMPLE.replace(" ", ", ")
+HOLD_COLUMNS = _HOLD.replace(" ", ", ")
 ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
 DEAD_LETTER_COLUMNS = _DEAD_LETTER.replace(" ", ", ")
@@ -253,9 +304,9 @@ class Rows:
 
     cards: dict[str, CardRow] = field(default_factory=dict)
     agreements: dict[str, AgreementRow] = field(default_factory=dict)
-    counters: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], CounterRow] = field(
-        default_factory=dict
-    )
+    counters: dict[int, CounterRow] = field(default_factory=dict)
+    samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
+    holds: dict[str, Hold | None] = field(default_factory=dict)  # None: gone.
     escrows: dict[str, Escrow] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
@@ -279,8 +330,11 @@ class Rows:
         for agreement in change.agreements:
             self.agreements[agreement.id] = agreement
         for counter in change.counters:
-            key = counter.agreement, counter.card, counter.meter, counter.dimensions
-            self.counters[key] = counter
+            self.counters[counter.number] = counter
+        for sample in change.samples:
+            self.samples[sample.counter, sample.key] = sample
+        self.holds.update({hold.id: hold for hold in change.holds})
+        self.holds.update(dict.fromkeys(change.holds_gone))
         for escrow in change.escrows:
             self.escrows[escrow.id] = escrow
         for release in change.releases:
@@ -303,6 +357,11 @@ class Rows:
         _PUT_CARD.put(connection, [(card.id, card.text) for card in self.cards.values()])
         _PUT_AGREEMENT.put(connection, [_agreement(row) for row in self.agreements.values()])
         _PUT_COUNTER.put(connection, [_counter(row) for row in self.counters.values()])
+        _PUT_SAMPLE.put(connection, [_sample(row) for row in self.samples.values()])
+        holds = {name: hold for name, hold in self.holds.items() if hold is not None}
+        _PUT_HOLD.put(connection, [_hold(row) for row in holds.values()])
+        for name in self.holds.keys() - holds.keys():
+            connection.execute("DELETE FROM hold WHERE id = ?", (name,))
         _PUT_ESCROW.put(connection, [_escrow(row) for row in self.escrows.values()])
         # What is finished goes first: it may make room for the escrow's next one.
         by_state = sorted(self.releases.values(), key=lambda row: row.status in UNFINISHED)
@@ -370,12 +429,39 @@ def _agreement(row: AgreementRow) -> Row:
         row.events,
         _number(row.units),
         row.unsettled_since,
+        row.period,
     )
 
 
 def _counter(row: CounterRow) -> Row:
     dimensions = _json(row.dimensions) if row.dimensions else "[]"
-    return row.agreement, row.card, row.meter, dimensions, _number(row.quantity), row.events
+    return (
+        row.agreement,
+        row.card,
+        row.meter,
+        dimensions,
+        _number(row.quantity),
+        row.events,
+        row.period,
+        _number(row.amount),
+        row.number,
+    )
+
+
+def _sample(row: SampleRow) -> Row:
+    return row.counter, _text(row.key), _number(row.quantity), row.count
+
+
+def _hold(row: Hold) -> Row:
+    return (
+        row.id,
+        row.agreement,
+        row.amount,
+        _text(row.meter),
+        _number(row.quantity),
+        row.created_at,
+        row.expires_at,
+    )
 
 
 def _escrow(row: Escrow) -> Row:
@@ -398,6 +484,7 @@ def _escrow(row: Escrow) -> Row:
         row.quarantine_factor,
         _number(row.units_settled),
         row.settled_at,
+        int(row.refund),
     )
 
 
@@ -456,7 +543,8 @@ def fraction(text: str) -> Fraction:
 
 def agreement_of(row: Sequence[object]) -> AgreementRow:
     """Read back an agreement, in the order of `AGREEMENT_COLUMNS`."""
-    id_, plan, payer, origin, escrows, closing, opened_at, accrued, events, units, since = row
+    id_, plan, payer, origin, escrows, closing, opened_at, accrued, *rest = row
+    events, units, since, period = rest
     return AgreementRow(
         str(id_),
         str(plan),
@@ -469,14 +557,44 @@ def agreement_of(row: Sequence[object]) -> AgreementRow:
         _int(events),
         _int(units),
         _int(since),
+        _int(period),
     )
 
 
 def counter_of(row: Sequence[object]) -> CounterRow:
     """Read back a counter, in the order of `COUNTER_COLUMNS`."""
-    agreement, card, meter, dimensions, quantity, events = row
-    pairs = () if dimensions == "[]" else _pairs.decode(str(dimensions))
-    return CounterRow(str(agreement), str(card), str(meter), pairs, _int(quantity), _int(events))
+    agreement, card, meter, dimensions, quantity, events, period, amount, number = row
+    return CounterRow(
+        str(agreement),
+        str(card),
+        str(meter),
+        () if dimensions == "[]" else _pairs.decode(str(dimensions)),
+        _int(quantity),
+        _int(events),
+        _int(period),
+        _int(amount),
+        _int(number),
+    )
+
+
+def sample_of(row: Sequence[object]) -> SampleRow:
+    """Read back a sample, in the order of `SAMPLE_COLUMNS`."""
+    counter, key, quantity, count = row
+    return SampleRow(_int(counter), str(key), _int(quantity), _int(count))
+
+
+def hold_of(row: Sequence[object]) -> Hold:
+    """Read back a hold, in the order of `HOLD_COLUMNS`."""
+    id_, agreement, amount, meter, quantity, created_at, expires_at = row
+    return Hold(
+        str(id_),
+        str(agreement),
+        _int(amount),
+        str(meter),
+        _int(quantity),
+        _int(created_at),
+        _int(expires_at),
+    )
 
 
 def escrow_of(row: Sequence[object], release: Release | None, voids: tuple[Release, ...]) -> Escrow:
@@ -501,6 +619,7 @@ def escrow_of(row: Sequence[object], release: Release | None, voids: tuple[Relea
         quarantine_factor=_int(row[15]),
         units_settled=_int(row[16]),
         settled_at=_int(row[17]),
+        refund=bool(row[18]),
         release=release,
         voids=voids,
     )

@@ -721,6 +721,10 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.agreements = [schema.agreement_of(row) for row in rows]
     rows = execute(f"SELECT {schema.COUNTER_COLUMNS} FROM counter")  # noqa: S608
     state.counters = [schema.counter_of(row) for row in rows]
+    rows = execute(f"SELECT {schema.SAMPLE_COLUMNS} FROM sample WHERE count > 0")  # noqa: S608
+    state.samples = [schema.sample_of(row) for row in rows]
+    rows = execute(f"SELECT {schema.HOLD_COLUMNS} FROM hold")  # noqa: S608
+    state.holds = [schema.hold_of(row) for row in rows]
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
     (state.dead_letters,) = execute("SELECT count(*) FROM dead_letter").fetchone()

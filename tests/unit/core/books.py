@@ -53,6 +53,7 @@ class Till:
     duplicates: int = 0
     rejections: list = field(default_factory=list)
     rows: dict = field(default_factory=dict)
+    samples: dict = field(default_factory=dict)
 
     def take(self, payloads, *, ids=None, source="s", now=NOW):
         """Take a batch: the entry that was applied."""
@@ -65,9 +66,11 @@ class Till:
         for place in range(len(digests)):
             if entry.fresh is None or entry.fresh[place]:
                 self.known[digests[place]] = prints[place]
-        rows, _ = self.books.apply(entry, now)
-        for row in rows:
-            self.rows[row.agreement, row.card, row.meter, row.dimensions] = row
+        change = self.books.apply(entry, now).change()
+        for row in change.counters:
+            self.rows[row.number] = row
+        for sample in change.samples:
+            self.samples[sample.counter, sample.key] = sample
         assert len(payloads) == entry.accepted + entry.duplicates + len(entry.rejections)
         self.accepted += entry.accepted
         self.duplicates += entry.duplicates
@@ -92,5 +95,6 @@ class Till:
             cards=list(cards),
             agreements=[account.row for account in self.books.accounts.values()],
             counters=list(self.rows.values()),
+            samples=list(self.samples.values()),
             escrows=list(self.books.escrows.values()),
         )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterd.core.money import NANOS, PICOS
-from meterd.core.pricing import OTHER, Rate, RateCard
+from meterd.core.pricing import MAIN, OTHER, Rate, RateCard, Usage
 
 VALUES = ["", "a", "b", "c", OTHER, f"{OTHER}*", "zzz"]
 PERS = [1, 3, 7, 10, 60, 1000, 3600]
@@ -50,9 +50,9 @@ def test_charge_of_the_counters_is_the_sum_of_naive_prices(rates, events, random
         if price is not None:
             expected += price
             key = meter, card.priced(meter, dimensions)
-            usage[key] = usage.get(key, 0) + nanos
+            usage[key] = Usage(usage.get(key, Usage(0)).quantity + nanos)
 
-    assert expected == card.charge(usage)
+    assert expected == card.charge(usage).get(MAIN, 0)
 
 
 @given(st.lists(_rates, min_size=1, max_size=5), _events)
@@ -75,7 +75,7 @@ def test_rate_for_a_lot_is_exact_when_the_lot_is_no_power_of_ten(per):
     one = card.weights[0] * NANOS
 
     assert Fraction(1, 100) == Fraction(one * per, card.denominator)
-    assert Fraction(1, 100 * per) == card.charge({("tokens", ()): NANOS})
+    assert Fraction(1, 100 * per) == card.charge({("tokens", ()): Usage(NANOS)})[MAIN]
 
 
 def test_million_models_make_one_counter():
@@ -94,7 +94,8 @@ def test_value_that_no_rate_names_is_never_priced_by_a_rate_for_the_word_other()
     unnamed, named = card.priced("tokens", {"kind": "x"}), card.priced("tokens", {"kind": OTHER})
 
     assert unnamed != named
-    assert Fraction(6, PICOS) == card.charge({("tokens", unnamed): NANOS, ("tokens", named): NANOS})
+    used = {("tokens", unnamed): Usage(NANOS), ("tokens", named): Usage(NANOS)}
+    assert {MAIN: Fraction(6, PICOS)} == card.charge(used)
 
 
 def test_card_comes_back_from_its_text_with_the_same_name():
@@ -122,4 +123,4 @@ def test_rate_is_worded_for_a_person():
 def test_charge_refuses_usage_that_no_rate_prices():
     """Counted usage without a rate is a broken invariant."""
     with pytest.raises(AssertionError, match="tokens"):
-        RateCard((Rate("calls", 1),)).charge({("tokens", ()): 1})
+        RateCard((Rate("calls", 1),)).charge({("tokens", ()): Usage(1)})
