@@ -47,6 +47,7 @@ from meterd.logs import get_logger
 from meterd.metrics import Metrics, Reads
 from meterd.settler import Pace, Settler
 from meterd.sources import Source
+from meterd.store.restore import Restored, restore
 from meterd.store.sqlite import SqliteStore
 
 log = get_logger(__name__)
@@ -240,6 +241,12 @@ def run(config_path: Path | None) -> int:
             exc_info=error,
         )
         return InvariantBroken.exit_code
+
+
+def put_back(file: Path, settings: Settings) -> Restored:
+    """Put a copy of a store in the place of the one that the configuration names; `MeterdError`."""
+    data_dir = Path(settings.daemon.data_dir)
+    return restore(file, data_dir, entries_max=settings.dedupe.entries_max)
 
 
 def _say(settings: Settings, notes: Sequence[Mistake]) -> None:
