@@ -40,6 +40,7 @@ ALARMS = (
     "escrow_paused",
     "escrow_resumed",
     "foreign_release_credited",
+    "release_forbidden",
     "release_in_doubt",
     "release_key_refused",
     "release_missing",

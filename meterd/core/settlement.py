@@ -66,6 +66,9 @@ UNFINISHED = frozenset(
 )
 UNKNOWN_OUTCOME = frozenset({ReleaseStatus.IN_DOUBT, ReleaseStatus.ESCALATED})
 
+# A right to release is given by a person; asking for it more often changes nothing.
+FORBIDDEN_WAIT_S = 10.0
+
 # What the service's own words mean (escrow-api.md, "states").
 LIVE = frozenset({"funded", "locked", "active", "pending", "working", "partially_released"})
 WINDING = frozenset({"completed", "complete", "awaiting_release"})
@@ -197,7 +200,8 @@ class AnswerKind(enum.StrEnum):
     DECLINED = "declined"  # 400, 422: a person must look.
     MISSING = "missing"  # 404.
     EMPTY = "empty"  # 402.
-    KEY_REFUSED = "key_refused"  # 401, 403.
+    KEY_REFUSED = "key_refused"  # 401.
+    FORBIDDEN = "forbidden"  # 403: this escrow is not ours to release, or not now.
     LIMITED = "limited"  # 429.
     NOT_SENT = "not_sent"
     CONFLICT = "conflict"  # 409: a reading decides.
@@ -452,16 +456,28 @@ def _misfit(state: Escrow, reading: Reading, rules: Rules) -> str:
 
 
 def _adopt(state: Escrow, event: Observed, rules: Rules) -> Outcome:
-    """Two equal readings apart make the baseline; the service may lag behind its own writes."""
+    """Two equal readings apart make the baseline; the service may lag behind its own writes.
+
+    As many show that the escrow has ended before it could be adopted: nothing will ever be paid.
+    """
     reading, first = event.reading, state.reading
-    if reading.status not in LIVE:
+    if reading.status not in LIVE | ENDED:
         held = replace(state, reason=f"the service says {reading.status!r}", reading=None)
         return held, (Blocked(held.reason),)
     same = first is not None and _figures(first) == _figures(reading)
-    if first is None or not same:
-        return replace(state, reading=reading, reason="first reading taken"), ()
+    ended = reading.status in ENDED
+    if first is None or not same or ended != (first.status in ENDED):
+        said = f": the service says {reading.status!r}" if ended else ""
+        return replace(state, reading=reading, reason=f"first reading taken{said}"), ()
     if reading.mono - first.mono < rules.observe_gap:
         return state, ()
+    if ended:
+        why = f"it ended before it was adopted: the service says {reading.status!r}"
+        closed = replace(
+            state, status=EscrowStatus.CLOSED, reason=why, service_status=reading.status
+        )
+        lost = (Alarm("uncollectible", f"{why}, with {event.owed} micros unpaid"),)
+        return closed, lost if event.owed > 0 else ()
     adopted = replace(
         state,
         status=EscrowStatus.ACTIVE,
@@ -744,6 +760,8 @@ def _held_off(state: Escrow, event: Answered, rules: Rules) -> Escrow:
     wait = event.answer.retry_after
     if wait is None:
         wait = rules.min_interval * 2**failures
+    if event.answer.kind is AnswerKind.FORBIDDEN:
+        wait = max(wait, FORBIDDEN_WAIT_S)
     next_mono = max(state.next_mono, event.mono + min(wait, 300.0))
     return replace(state, failures=failures, next_mono=next_mono)
 
@@ -753,6 +771,7 @@ _DECLINED: dict[AnswerKind, EscrowStatus | None] = {
     AnswerKind.DECLINED: EscrowStatus.FROZEN,
     AnswerKind.MISSING: EscrowStatus.PAUSED,
     AnswerKind.KEY_REFUSED: EscrowStatus.PAUSED,
+    AnswerKind.FORBIDDEN: EscrowStatus.PAUSED,
     AnswerKind.EMPTY: None,  # The next reading shows how little is left.
     AnswerKind.LIMITED: None,
 }

@@ -216,6 +216,30 @@ def test_escrow_is_not_adopted_when_its_readings_are_not_two_equal_ones_apart(dr
     assert "adopting" in case.ask(100).blocked
 
 
+@pytest.mark.parametrize("word", ["refunded", "expired", "released", "cancelled"])
+@pytest.mark.parametrize(("owed", "alarms"), [(0, []), (7, ["uncollectible"])])
+def test_escrow_that_ended_before_it_was_adopted_is_closed(word, owed, alarms):
+    """Two equal readings apart say so; usage that will never be paid is told to a person."""
+    case = Case(owed=owed).read(0, status=word)
+    assert (ADOPTING, None) == case.status
+    case.later(9).read(0, status=word)
+    assert (ADOPTING, None) == case.status
+    case.later(1).read(0, status=word)
+
+    assert (CLOSED, None) == case.status
+    assert f"it ended before it was adopted: the service says '{word}'" == case.state.reason
+    assert alarms == case.alarms
+
+
+def test_escrow_that_once_seemed_ended_is_still_adopted():
+    """One reading of it may have come from a confused replica: both ways need two."""
+    case = Case().read(0, status="expired").later(10).read(0).later(10).read(0)
+    assert (ACTIVE, None) == case.status
+
+    case = Case().read(0).later(10).read(0, status="expired")
+    assert (ADOPTING, None) == case.status
+
+
 @pytest.mark.parametrize(
     "flaw",
     [
@@ -426,6 +450,7 @@ def test_confirmed_release_needs_a_new_reading_and_its_pace_before_the_next():
         (AnswerKind.DECLINED, FROZEN, "escrow_frozen"),
         (AnswerKind.MISSING, PAUSED, "release_missing"),
         (AnswerKind.KEY_REFUSED, PAUSED, "release_key_refused"),
+        (AnswerKind.FORBIDDEN, PAUSED, "release_forbidden"),
         (AnswerKind.EMPTY, ACTIVE, None),
         (AnswerKind.LIMITED, ACTIVE, None),
     ],
@@ -440,6 +465,15 @@ def test_documented_refusal_gives_the_amount_back(kind, status, alarm):
     assert ([] if alarm is None else [alarm]) == case.alarms
     if status is PAUSED:
         assert (ACTIVE, None) == case.read(0).status
+
+
+def test_release_that_was_forbidden_waits_for_its_own_escrow_alone():
+    """Ten seconds at least: a right is given by a person, and not sooner for being asked more."""
+    case = sent().answer(AnswerKind.FORBIDDEN).later(9.9).read(0)
+    assert "paced" in case.ask(100).blocked
+
+    case.later(0.1).read(0).ask(100)
+    assert ReleaseStatus.INTENDED is case.last
 
 
 def test_conflict_answer_is_decided_by_a_reading():
