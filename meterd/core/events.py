@@ -154,10 +154,18 @@ def quantity_nanos(quantity: int | str | msgspec.Raw) -> int:
         text = quantity
     else:
         raw = bytes(quantity)
-        text = str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else _ascii(raw)
+        text = _text(raw) if raw[:1] == b'"' else _ascii(raw)
     if not text:
         raise money.BadNumber("there is no quantity")
     return money.parse_quantity(text)
+
+
+def _text(raw: bytes) -> str:
+    """Read a JSON text; as raw JSON it was passed over, so that nobody has looked inside yet."""
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.MsgspecError, ValueError):
+        raise money.BadNumber("a text that is no UTF-8") from None
 
 
 def _ascii(raw: bytes) -> str:

@@ -451,6 +451,10 @@ def _misfit(state: Escrow, reading: Reading, rules: Rules) -> str:
             "released + remaining + refunded is not the total",
         ),
         (reading.released > reading.total, "more was released than the total"),
+        (
+            min(reading.released, reading.remaining, reading.refunded) < 0,
+            "a figure of the escrow is below zero",
+        ),
     )
     return next((text for wrong, text in checks if wrong), "")
 

@@ -248,6 +248,9 @@ def test_escrow_that_once_seemed_ended_is_still_adopted():
         {"remaining": 5},
         {"provider": "thief"},
         {"total": -5, "remaining": -5},
+        {"released": -1, "remaining": TOTAL + 1},
+        {"remaining": -1, "refunded": TOTAL + 1},
+        {"remaining": TOTAL + 1, "refunded": -1},
     ],
 )
 def test_escrow_is_frozen_when_two_readings_apart_have_the_same_flaw(flaw):
@@ -255,10 +258,11 @@ def test_escrow_is_frozen_when_two_readings_apart_have_the_same_flaw(flaw):
     rules = replace(RULES, provider="prov")
     for case in (Case(rules), adopted(rules=rules)):
         before = case.state.status
-        case.read(0, **flaw).later(9).read(0, **flaw)
+        shown = {"released": 0, **flaw}
+        case.read(**shown).later(9).read(**shown)
         assert (before, None) == case.status
         assert case.ask(100).blocked
-        case.later(1).read(0, **flaw)
+        case.later(1).read(**shown)
 
         assert (FROZEN, None) == case.status
         assert ["escrow_frozen"] == case.alarms
@@ -844,7 +848,7 @@ def test_overpaid_escrow_is_frozen_with_the_amount(credit):
     case = _twice(adopted(5, owed=30, rules=replace(RULES, credit_foreign=credit)), 45)
 
     assert FROZEN is case.state.status
-    assert "overpaid by 10 micros" in case.state.reason
+    assert "overpaid by 0.00001 USDC" in case.state.reason
 
 
 def test_surplus_that_is_gone_at_the_second_sight_was_none():
