@@ -28,6 +28,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from meterd.core.money import format_amount
+
 # --------------------------------------------------------------------------------------------------
 # Facts
 
@@ -480,7 +482,7 @@ def _adopt(state: Escrow, event: Observed, rules: Rules) -> Outcome:
         closed = replace(
             state, status=EscrowStatus.CLOSED, reason=why, service_status=reading.status
         )
-        lost = (Alarm("uncollectible", f"{why}, with {event.owed} micros unpaid"),)
+        lost = (Alarm("uncollectible", f"{why}, with {_usdc(event.owed)} unpaid"),)
         return closed, lost if event.owed > 0 else ()
     adopted = replace(
         state,
@@ -563,7 +565,7 @@ def _compare(state: Escrow, event: Observed, rules: Rules) -> Outcome:
         return _surplus(state, event, rules, difference)
     if not _low_for_long(state, rules):
         return state, (Blocked("the service shows less than was released"),)
-    return _freeze(state, f"the service shows {-difference} micros less than was released")
+    return _freeze(state, f"the service shows {_usdc(-difference)} less than was released")
 
 
 def _low_for_long(state: Escrow, rules: Rules) -> bool:
@@ -604,7 +606,7 @@ def _surplus(state: Escrow, event: Observed, rules: Rules, difference: int) -> O
     # sight.
     if not _seen_twice(state, _SURPLUS, event, rules):
         return _note(state, _SURPLUS, event)
-    text = f"{difference} micros more were released than meterd asked for"
+    text = f"{_usdc(difference)} more were released than meterd asked for"
     if void is not None:
         late = _enter(void, ReleaseStatus.LATE, "landed after it was given up", event.wall)
         voids = tuple(late if row.id == void.id else row for row in state.voids)
@@ -619,7 +621,7 @@ def _surplus(state: Escrow, event: Observed, rules: Rules, difference: int) -> O
         return frozen, (Record(late), *effects)
     if state.observed > state.baseline + max(event.owed, state.settled):
         over = state.observed - state.baseline - event.owed
-        return _freeze(state, f"overpaid by {over} micros: {text}")
+        return _freeze(state, f"overpaid by {_usdc(over)}: {text}")
     if rules.credit_foreign:
         credited = replace(state, credited=state.credited + difference, suspicion=None)
         return credited, (Alarm("foreign_release_credited", text),)
@@ -638,7 +640,7 @@ def _follow(state: Escrow, event: Observed, _: Rules) -> Outcome:
         closed = replace(state, status=EscrowStatus.CLOSED, reason=f"the service says {word!r}")
         if state.unsettled(event.owed) > 0:
             lost = state.unsettled(event.owed)
-            return closed, (Alarm("uncollectible", f"ended with {lost} micros unsettled"),)
+            return closed, (Alarm("uncollectible", f"ended with {_usdc(lost)} unsettled"),)
         return closed, ()
     paused = replace(state, status=EscrowStatus.PAUSED, reason=f"the service says {word!r}")
     return paused, ((Alarm("escrow_paused", paused.reason),) if paused != state else ())
@@ -668,7 +670,7 @@ def _due(state: Escrow, event: Due, rules: Rules) -> Outcome:
         if state.closing:
             rest = state.unsettled(event.owed)
             lost = (
-                (Alarm("uncollectible", f"closed with {rest} micros unpaid"),) if rest > 0 else ()
+                (Alarm("uncollectible", f"closed with {_usdc(rest)} unpaid"),) if rest > 0 else ()
             )
             return replace(state, status=EscrowStatus.CLOSED, reason="settled"), lost
         return state, (Blocked("nothing can be released"),)
@@ -884,6 +886,10 @@ def _closing(state: Escrow, _: Closing, __: Rules) -> Outcome:
 
 # --------------------------------------------------------------------------------------------------
 # Moves that several inputs share
+
+
+def _usdc(micros: int) -> str:
+    return f"{format_amount(micros)} USDC"
 
 
 def _enter(release: Release, status: ReleaseStatus, detail: str, wall: int) -> Release:

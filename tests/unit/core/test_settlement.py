@@ -816,7 +816,7 @@ def test_foreign_release_freezes():
     case = _twice(adopted(owed=100), 40)
 
     assert (FROZEN, None) == case.status
-    assert "somebody else released: 40 micros" in case.state.reason
+    assert "somebody else released: 0.00004 USDC more" in case.state.reason
     case.do(Resume("it was me"))
     assert ((ACTIVE, None), 40, 60) == (
         case.status,
