@@ -76,7 +76,9 @@ def next_command(agreement: str, escrow: Escrow, word: str, plan: str = "PLAN") 
     if kind == IN_DOUBT:
         return f"meterd releases {agreement}"
     if kind in (PAUSED, ADOPTING):
-        return "meterd check --live"
+        # It is read and is not as it should be; or the way to the service is what is wrong.
+        read = escrow.reason.startswith(_SAYS)
+        return f"meterd agreements {agreement}" if read else "meterd check --live"
     return f"meterd bind NEW_ESCROW --plan {plan}" if kind == EXHAUSTED else ""
 
 

@@ -36,10 +36,15 @@ TROUBLES = {
     "cannot be adopted": (
         escrow("adopting", "the service says 'disputed'"),
         "adopting",
-        "meterd check --live",
+        "meterd agreements agr",
     ),
     "cannot be read": (escrow("adopting", "404", failures=3), "adopting", "meterd check --live"),
     "paused": (escrow("paused", "down"), "paused", "meterd check --live"),
+    "in dispute": (
+        escrow("paused", "the service says 'disputed'"),
+        "paused",
+        "meterd agreements agr",
+    ),
     "exhausted": (escrow(remaining=0), "exhausted", "meterd bind NEW_ESCROW --plan stream"),
     "in doubt": (escrow(release=release("in_doubt")), "in_doubt", "meterd releases agr"),
     "paused and in doubt": (
