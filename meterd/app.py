@@ -47,6 +47,7 @@ from meterd.metrics import Metrics, Reads
 from meterd.parts import agreements_of, meters_of, plans_of, rules_of
 from meterd.settler import Pace, Settler
 from meterd.sources import Source
+from meterd.store.restore import Restored, restore
 from meterd.store.sqlite import SqliteStore
 
 log = get_logger(__name__)
@@ -204,6 +205,12 @@ def run(config_path: Path | None) -> int:
             exc_info=error,
         )
         return InvariantBroken.exit_code
+
+
+def put_back(file: Path, settings: Settings) -> Restored:
+    """Put a copy of a store in the place of the one that the configuration names; `MeterdError`."""
+    data_dir = Path(settings.daemon.data_dir)
+    return restore(file, data_dir, entries_max=settings.dedupe.entries_max)
 
 
 def _say(settings: Settings, notes: Sequence[Mistake]) -> None:

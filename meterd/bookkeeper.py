@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from meterd.core import advice
 from meterd.core.changes import (
     AgreementRow,
     Change,
@@ -98,6 +99,25 @@ class Store(Protocol):
 
     async def backup(self, path: Path) -> None:
         """Copy everything into a new file, as of one moment. Raises `Refused`."""
+
+    async def journal(self, *, limit: int = 100, before: int | None = None) -> Sequence[Journalled]:
+        """List journal entries, newest first, with numbers below `before`."""
+
+
+class Journalled(Protocol):
+    """A journal entry with its number, from 1 without gaps, and the hash that chains it."""
+
+    @property
+    def number(self) -> int:
+        """Its place in the journal."""
+
+    @property
+    def entry(self) -> JournalEntry:
+        """What was done, by whom, to what and why."""
+
+    @property
+    def hash(self) -> bytes:
+        """Over the hash before and this entry."""
 
 
 class Identities(Protocol):
@@ -544,12 +564,25 @@ class Bookkeeper:
     def _tell(self, escrow: str, effects: Effects) -> None:
         for effect in effects:
             if isinstance(effect, Alarm):
-                log.error(effect.detail, action=effect.action, escrow=escrow)
-                self._facts.alarm(effect.action)
+                self._alarm(escrow, effect)
             elif isinstance(effect, Record):
                 release = effect.release
                 seconds = (self.clock.wall() - release.created_at) / 1000
                 self._facts.released(release, seconds)
+
+    def _alarm(self, escrow: str, alarm: Alarm) -> None:
+        """Tell a person, with the command to type next."""
+        state = self.ledger.escrows[escrow]
+        account = self.ledger.accounts[state.agreement]
+        name, plan = account.agreement.id, account.plan.name
+        log.error(
+            alarm.detail,
+            action=alarm.action,
+            agreement=name,
+            escrow=escrow,
+            next=advice.next_command(name, state, state.word, plan) or f"meterd agreements {name}",
+        )
+        self._facts.alarm(alarm.action)
 
     async def start(self) -> None:
         """Step every escrow over the restart: what was open is in doubt now."""
@@ -560,6 +593,15 @@ class Bookkeeper:
         now = self.clock.wall()
         for account in self.ledger.accounts.values():
             self._look(account, now)
+        escrows = self.ledger.escrows.values()
+        frozen = sum(state.status is EscrowStatus.FROZEN for state in escrows)
+        if frozen:
+            log.warning(
+                "Escrows are frozen and wait for a person.",
+                action="found_frozen",
+                escrows=frozen,
+                next="meterd status",
+            )
 
     def visit(self, escrow: str) -> None:
         """Ask for a visit of the settler to this escrow, now."""

@@ -40,6 +40,7 @@ ALARMS = (
     "escrow_paused",
     "escrow_resumed",
     "foreign_release_credited",
+    "release_forbidden",
     "release_in_doubt",
     "release_key_refused",
     "release_missing",
@@ -111,6 +112,10 @@ class Figures(Protocol):
     @property
     def releases_in_doubt(self) -> int:
         """How many releases are in doubt."""
+
+    @property
+    def releases_escalated(self) -> int:
+        """How many of them wait for a person."""
 
     @property
     def lag_ms(self) -> int:
@@ -394,7 +399,14 @@ def _escrows(figures: Figures) -> Iterator[Metric]:
     yield _gauge(
         "escrows_exhausted", "Escrows with nothing left to pay with.", states.get("exhausted", 0)
     )
+    paused = states.get(EscrowStatus.PAUSED.value, 0)
+    yield _gauge("escrows_paused", "Escrows that the service does not let be paid.", paused)
     yield _gauge("releases_in_doubt", "Releases of unknown outcome.", figures.releases_in_doubt)
+    yield _gauge(
+        "releases_escalated",
+        "Of those in doubt, the releases that wait for a person.",
+        figures.releases_escalated,
+    )
     yield _gauge(
         "settlement_lag_seconds",
         "Age of the oldest usage that is due and not paid.",

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meterd.bookkeeper import Bookkeeper
+from meterd.core import advice
 from meterd.core.settlement import (
     LIVE,
     UNKNOWN_OUTCOME,
@@ -314,11 +315,11 @@ class Settler:
         """Say why nothing is intended on any escrow now; "" when nothing stands against it."""
         now = self._clock.mono()
         if self._stopping.is_set():
-            return "meterd is stopping"
+            return advice.STOPPING
         if not self._bookkeeper.store.writable:
-            return "the disk is full"
+            return advice.DISK_FULL
         if now < self._key_refused_until:
-            return "the escrow service refuses the key"
+            return advice.KEY_REFUSED
         full = len(self._doubts) == self._doubts.maxlen
         if full and now - self._doubts[0] < self._pace.doubts_window:
             return f"{len(self._doubts)} releases came into doubt one after the other"
@@ -334,6 +335,7 @@ class Settler:
                 f"Nothing is intended for a while: {why}. Usage is counted; see meterd status.",
                 action="releases_blocked",
                 seconds=self._pace.doubts_window,
+                next="meterd status",
             )
 
     def _take_key(self) -> None:
@@ -355,6 +357,7 @@ class Settler:
                 "Check escrow.api_key, then: meterd check --live",
                 action="key_refused",
                 detail=detail,
+                next="meterd check --live",
             )
         self._key_refused_until = now + KEY_REFUSED_WAIT_S
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meterd.bookkeeper import Bookkeeper, Facts
@@ -41,6 +41,15 @@ class FakeClock:
         self.wall_ms += seconds * 1000
 
 
+@dataclass(frozen=True)
+class FakeJournalled:
+    """An entry as a store hands it out."""
+
+    number: int
+    entry: JournalEntry
+    hash: bytes = bytes(32)
+
+
 class FakeStore:
     """Keeps what a store keeps, in memory. `hold` makes commits wait, `fail` makes them fail."""
 
@@ -49,7 +58,7 @@ class FakeStore:
         self.commits = 0
         self.agreements: dict[str, AgreementRow] = {}
         self.escrows: dict[str, Escrow] = {}
-        self.journal: list[JournalEntry] = []
+        self.entries: list[JournalEntry] = []
         self.letters: dict[int, DeadLetter] = {}
         self._releases: dict[str, Release] = {}
         self._held: list[tuple[Change, asyncio.Future[None]]] | None = None
@@ -97,7 +106,7 @@ class FakeStore:
         self.letters.update({row.number: row for row in change.dead_letters})
         for number in change.dead_letters_gone:
             self.letters.pop(number, None)
-        self.journal.extend(change.journal)
+        self.entries.extend(change.journal)
         future.set_result(None)
 
     async def releases(
@@ -132,6 +141,11 @@ class FakeStore:
 
     async def dead_letter(self, number: int) -> DeadLetter | None:
         return self.letters.get(number)
+
+    async def journal(self, *, limit: int = 100, before: int | None = None) -> list[FakeJournalled]:
+        end = len(self.entries) if before is None else before - 1
+        numbers = range(end, max(0, end - limit), -1)
+        return [FakeJournalled(number, self.entries[number - 1]) for number in numbers]
 
 
 class FakeIdentities:

@@ -18,10 +18,12 @@ import contextlib
 import enum
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 HOST = "127.0.0.1"
@@ -42,6 +44,7 @@ class Fault(enum.StrEnum):
     LATENCY = "latency"  # A pause of `seconds`; nothing is lost.
     SLICES = "slices"  # From here on pieces of 1 to 7 bytes.
     RESET = "reset"  # RST both ways.
+    CUT = "cut"  # FIN both ways: with TLS in mid-record, without its farewell.
     BLACK_HOLE = "black_hole"  # The connection stays, what is sent into it does not arrive.
     HALF_CLOSE = "half_close"  # FIN one way; the other goes on.
     TWICE = "twice"  # The request arrives again, over a connection of its own.
@@ -281,6 +284,8 @@ class _Connection:
                 if fate.fault is Fault.REFUSED:
                     await self._proxy.refuse(fate.seconds)
                 raise _Cut
+            case Fault.CUT:
+                raise _Cut
             case Fault.LATENCY:
                 await asyncio.sleep(fate.seconds)
             case Fault.TWICE:
@@ -353,6 +358,61 @@ class _Connection:
         return self._server[1]
 
 
+class TlsFront:
+    """TLS in front of one server that speaks none. Made by `Network.tls`."""
+
+    def __init__(self, upstream: int, context: ssl.SSLContext) -> None:
+        self.port = 0
+        self._upstream = upstream
+        self._context = context
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def listen(self) -> None:
+        """Open a port that is free."""
+        self._server = await asyncio.start_server(self._accept, HOST, 0, ssl=self._context)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Close the port and cut what is open."""
+        assert self._server is not None
+        self._server.close()
+        tasks = list(self._open)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        sides = [writer]
+        try:
+            server = await asyncio.open_connection(HOST, self._upstream)
+            sides.append(server[1])
+            ways = [
+                asyncio.create_task(self._pass(reader, server[1])),
+                asyncio.create_task(self._pass(server[0], writer)),
+            ]
+            # TLS knows no half-closed connection: who ends one way ends both.
+            _, left = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in left:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            pass  # As in the proxy: asyncio would log a cancelled handler as an error.
+        finally:
+            for side in sides:
+                side.transport.abort()
+            self._open.discard(task)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):  # ssl.SSLError is one.
+            while piece := await reader.read(CHUNK_BYTES):
+                writer.write(piece)
+                await writer.drain()
+
+
 class Network:
     """A thread that runs proxies, all drawn from one seed; a context manager."""
 
@@ -361,6 +421,7 @@ class Network:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self.proxies: list[FaultProxy] = []
+        self._fronts: list[TlsFront] = []
 
     def proxy(self, upstream: int, *fates: Fate, share: float = 0.0) -> FaultProxy:
         """Stand in front of a port of this machine.
@@ -372,6 +433,15 @@ class Network:
         self.proxies.append(proxy)
         return proxy
 
+    def tls(self, upstream: int, certificate: Path, key: Path) -> int:
+        """Speak TLS for a server of this machine that does not; the port where that is."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        front = TlsFront(upstream, context)
+        self._wait(front.listen())
+        self._fronts.append(front)
+        return front.port
+
     def calm(self) -> None:
         """No more faults, anywhere."""
         for proxy in self.proxies:
@@ -382,8 +452,8 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for proxy in self.proxies:
-            self._wait(proxy.close())
+        for listener in (*self.proxies, *self._fronts):
+            self._wait(listener.close())
         self._wait(asyncio.sleep(0))  # Let closed transports go.
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

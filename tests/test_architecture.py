@@ -27,6 +27,7 @@ CORE_ORDER = (
     "pricing",
     "plans",
     "settlement",
+    "advice",
     "thresholds",
     "changes",
     "ledger",

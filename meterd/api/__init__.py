@@ -21,6 +21,7 @@ from meterd.api.backup import Backup
 from meterd.api.dead_letters import DeadLetters
 from meterd.api.events import Events
 from meterd.api.health import Health
+from meterd.api.journal import Journal
 from meterd.api.overview import Overview
 from meterd.api.parts import Instruments, IntakeView, Parts, SettlerView
 from meterd.api.plans import Plans
@@ -99,7 +100,7 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
 
 
 def _calls(parts: Parts) -> list[Call]:
-    rooms = (Events, Agreements, Releases, DeadLetters, Plans, Backup, Status, Health)
+    rooms = (Events, Agreements, Releases, DeadLetters, Journal, Plans, Backup, Status, Health)
     return [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from meterd.bookkeeper import Bookkeeper
+from meterd.core import advice
+from meterd.core.advice import EXHAUSTED
 from meterd.core.ledger import Account, Ledger
 from meterd.core.money import MICROS
 from meterd.core.plans import BASE
@@ -26,7 +28,6 @@ SLICE = 500  # Agreements between two breaths of the loop: about a millisecond.
 AGE_MAX_S = 1.0
 SHARE = 20  # A pass waits for 20 times what the last one took: it costs a twentieth at most.
 ATTENTION_MAX = 20  # Of each kind. Whoever has more has one cause, not twenty.
-EXHAUSTED = "exhausted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +115,10 @@ class Attention:
 
     agreement: str
     escrow: str
+    state: str  # What `core.advice.trouble` names it.
     reason: str
     next: str
-    amount: int = 0  # Micros in doubt, or uncollectible.
-
-
-def next_command(agreement: str, escrow: Escrow, word: str) -> str:
-    """Name the command that helps an agreement on; "" when none is needed."""
-    release = escrow.release
-    if release is not None and release.status in UNKNOWN_OUTCOME:
-        return f"meterd resolve {release.id} --landed|--absent --reason TEXT"
-    if word == EscrowStatus.FROZEN.value:
-        return f"meterd resume {agreement} --reason TEXT"
-    if word == EXHAUSTED:
-        return "meterd bind NEW_ESCROW --plan PLAN"
-    return ""
+    amount: int  # Micros that it is about: in doubt, landed late, unpaid or uncollectible.
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +138,13 @@ class Figures:
     uncollectible: int = 0
     difference: int = 0  # What readings and ledger disagree on, where nothing is open.
     releases_in_doubt: int = 0
+    releases_escalated: int = 0  # Of those in doubt: they wait for a person.
     lag_ms: int = 0  # Age of the oldest usage that is due and not paid.
     states: dict[str, int] = field(default_factory=dict)
     frozen: tuple[Attention, ...] = ()
     doubtful: tuple[Attention, ...] = ()
     exhausted: tuple[Attention, ...] = ()
+    paused: tuple[Attention, ...] = ()  # Or not adopted, because the service does not let it.
 
 
 class _Pass:
@@ -163,12 +155,13 @@ class _Pass:
         self._ledger = bookkeeper.ledger
         self._escrows = bookkeeper.ledger.escrows
         self._now = now
+        self._mono = bookkeeper.clock.mono()
         self._margin = bookkeeper.margin
         self._numerators: dict[int, int] = {}
         self._count = 0
         self._released = self._settled = self._unsettled = self._headroom = 0
         self._in_doubt = self._uncollectible = self._difference = 0
-        self._doubts = self._lag = 0
+        self._doubts = self._escalated = self._lag = 0
         self._states: dict[str, int] = {}
         self._attention: dict[str, list[Attention]] = {}
 
@@ -214,7 +207,7 @@ class _Pass:
             if unsettled > 0 and account.unsettled_since:
                 self._look_at_age(account, escrow, unsettled)
             if difference or escrow.release is not None or word in _ATTENTION:
-                self._look_at_trouble(account, escrow, word)
+                self._look_at_trouble(account, escrow, word, unsettled)
         self._count += len(accounts)
         self._released += released_sum
         self._settled += settled_sum
@@ -244,7 +237,7 @@ class _Pass:
                 or escrow.release is not None
                 or (own in _ATTENTION and (escrow is speaker or own == EscrowStatus.FROZEN.value))
             ):
-                self._look_at_trouble(account, escrow, own)
+                self._look_at_trouble(account, escrow, own, unsettled)
 
     def _may_be_due(self, account: Account, escrow: Escrow, unsettled: int, age: int) -> bool:
         """Rule out quickly what no threshold can ask for yet; `Bookkeeper.due` says the rest."""
@@ -274,22 +267,30 @@ class _Pass:
         if self._may_be_due(account, escrow, unsettled, age) and self._bookkeeper.due(escrow.id):
             self._lag = age
 
-    def _look_at_trouble(self, account: Account, escrow: Escrow, word: str) -> None:
+    def _look_at_trouble(self, account: Account, escrow: Escrow, word: str, unsettled: int) -> None:
         agreement, release = account.agreement.id, escrow.release
         if release is None and escrow.total and escrow.status is not EscrowStatus.CLOSED:
             self._difference += abs(escrow.observed - escrow.expected)
-        command = next_command(agreement, escrow, word)
+        kind = advice.trouble(escrow, word)
+        command = advice.next_command(agreement, escrow, word, account.plan.name)
+
+        def attention(reason: str, amount: int) -> Attention:
+            return Attention(agreement, escrow.id, kind, reason, command, amount)
+
         if release is not None and release.status in UNKNOWN_OUTCOME:
             self._doubts += 1
+            self._escalated += kind == advice.ESCALATED
             self._in_doubt += release.amount
-            reason = f"release {release.id}: {release.history[-1][2]}"
-            self._note("in_doubt", Attention(agreement, escrow.id, reason, command, release.amount))
-        if word == EscrowStatus.FROZEN.value:
-            self._note(word, Attention(agreement, escrow.id, escrow.reason, command))
+            reason = advice.doubt(escrow, self._bookkeeper.rules, self._mono)
+            self._note("in_doubt", attention(reason, release.amount))
+        if word == advice.FROZEN:
+            self._note(word, attention(escrow.reason, advice.late(escrow) or max(0, unsettled)))
         elif word == EXHAUSTED:
             money = balance(self._ledger, account)
             reason = "more is used than is left" if money.uncollectible else "nothing is left"
-            self._note(word, Attention(agreement, escrow.id, reason, command, money.uncollectible))
+            self._note(word, attention(reason, money.uncollectible))
+        elif kind in (advice.PAUSED, advice.ADOPTING):
+            self._note(advice.PAUSED, attention(escrow.reason, max(0, unsettled)))
 
     def _note(self, kind: str, attention: Attention) -> None:
         noted = self._attention.setdefault(kind, [])
@@ -317,16 +318,18 @@ class _Pass:
             uncollectible=self._uncollectible,
             difference=self._difference,
             releases_in_doubt=self._doubts,
+            releases_escalated=self._escalated,
             lag_ms=self._lag,
             states=self._states,
             frozen=tuple(self._attention.get(EscrowStatus.FROZEN.value, ())),
             doubtful=tuple(self._attention.get("in_doubt", ())),
             exhausted=tuple(self._attention.get(EXHAUSTED, ())),
+            paused=tuple(self._attention.get(advice.PAUSED, ())),
         )
 
 
 _NEVER_LATE = frozenset({EscrowStatus.FROZEN, EscrowStatus.CLOSED})
-_ATTENTION = frozenset({EscrowStatus.FROZEN.value, EXHAUSTED})
+_ATTENTION = frozenset({advice.FROZEN, advice.PAUSED, advice.ADOPTING, EXHAUSTED})
 
 
 class Overview:

@@ -12,6 +12,7 @@ from meterd.api.parts import Parts
 from meterd.api.settings import Scope
 from meterd.api.views import source_view
 from meterd.api.wire import Call, iso_time, json_answer
+from meterd.core import advice
 from meterd.core.money import format_amount, format_exact
 from meterd.core.settlement import EscrowStatus, ReleaseStatus
 
@@ -35,6 +36,7 @@ class Status:
         released_at = await self._released_at()
         now = parts.bookkeeper.clock.wall()
         instruments, store = parts.instruments, parts.bookkeeper.store
+        blocked = self._blocked()
         return json_answer(
             {
                 "version": parts.version,
@@ -42,11 +44,13 @@ class Status:
                 "started_at": iso_time(parts.started_at),
                 "flow": {
                     "word": self._word(figures),
-                    "blocked": parts.settler.blocked(),
+                    "blocked": blocked,
+                    "next": advice.against(blocked),
                     "last_event_at": iso_time(instruments.last_event_at),
                     "last_release_at": iso_time(released_at),
                     "settlement_lag_s": figures.lag_ms // 1000,
                 },
+                "needs_a_person": self._needs_a_person(figures, blocked),
                 "totals": _totals(figures),
                 "events": {
                     "accepted": instruments.accepted,
@@ -56,14 +60,26 @@ class Status:
                 },
                 "agreements": {"total": figures.agreements, "by_state": figures.states},
                 "releases_in_doubt": figures.releases_in_doubt,
+                "releases_escalated": figures.releases_escalated,
                 "frozen": _attention(figures.frozen),
                 "in_doubt": _attention(figures.doubtful),
                 "exhausted": _attention(figures.exhausted),
+                "paused": _attention(figures.paused),
                 "sources": [source_view(state) for state in parts.intake.states.values()],
                 "store": {"writable": store.writable, "bytes": parts.store_bytes()},
                 "dead_letters": parts.bookkeeper.dead_letters,
             }
         )
+
+    def _blocked(self) -> str:
+        """Why nothing is released anywhere; a full disk is the first of the reasons."""
+        full = not self._parts.bookkeeper.store.writable
+        return advice.DISK_FULL if full else self._parts.settler.blocked()
+
+    def _needs_a_person(self, figures: Figures, blocked: str) -> bool:
+        """Whether something waits for somebody to act, and not only for time to pass."""
+        frozen = figures.states.get(EscrowStatus.FROZEN.value, 0)
+        return bool(frozen or figures.exhausted or blocked in advice.FOR_A_PERSON)
 
     def _word(self, figures: Figures) -> str:
         """Say in a word how money flows, the worst first."""
@@ -105,6 +121,7 @@ def _attention(items: Sequence[Attention]) -> list[dict[str, Any]]:
         {
             "agreement": item.agreement,
             "escrow": item.escrow,
+            "state": item.state,
             "reason": item.reason,
             "amount": format_amount(item.amount),
             "next": item.next,

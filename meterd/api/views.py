@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from meterd.api.overview import balance, next_command, spokesman, state_word
+from meterd.api.overview import balance, spokesman, state_word
 from meterd.api.parts import SourceView
 from meterd.api.wire import iso_time
+from meterd.bookkeeper import Journalled
+from meterd.core.advice import next_command
 from meterd.core.changes import DeadLetter
 from meterd.core.ledger import Account, Counter, Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
@@ -35,7 +37,7 @@ def agreement_view(ledger: Ledger, account: Account) -> Document:
         "origin": agreement.origin,
         "state": word,
         "reason": escrow.reason,
-        "next": next_command(agreement.id, escrow, word) or None,
+        "next": next_command(agreement.id, escrow, word, account.plan.name) or None,
         "closing": account.closing or escrow.closing,
         "opened_at": iso_time(account.opened_at),
         "events": account.events,
@@ -65,6 +67,7 @@ def escrow_view(escrow: Escrow) -> Document:
         "total": format_amount(escrow.total),
         "released": format_amount(escrow.observed),
         "released_before": format_amount(escrow.baseline),
+        "expected": format_amount(escrow.expected),
         "remaining": format_amount(escrow.remaining),
         "deadline": iso_time(escrow.deadline),
         "settled_at": iso_time(escrow.settled_at),
@@ -159,6 +162,20 @@ def dead_letter_view(letter: DeadLetter, *, whole: bool) -> Document:
     if whole:
         document["payload_base64"] = base64.b64encode(payload).decode("ascii")
     return document
+
+
+def journal_view(journalled: Journalled) -> Document:
+    """Show an entry of the journal."""
+    entry = journalled.entry
+    return {
+        "number": journalled.number,
+        "at": iso_time(entry.at),
+        "actor": entry.actor,
+        "action": entry.action,
+        "subject": entry.subject,
+        "detail": entry.detail,
+        "hash": journalled.hash.hex(),
+    }
 
 
 def source_view(state: SourceView) -> Document:

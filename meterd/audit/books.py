@@ -76,12 +76,14 @@ class Escrow:
     agreement: str
     status: str
     service_status: str
+    provider: str | None
     total: int
     baseline: int
     settled: int
     credited: int
     observed: int
     remaining: int
+    units_settled: int
 
     @property
     def expected(self) -> int:
@@ -90,8 +92,17 @@ class Escrow:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """One line of a release's history; `at` in wall ms."""
+
+    at: int
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """A release. `history` holds (status, detail), oldest first."""
+    """A release with its history, oldest line first."""
 
     number: int
     id: str
@@ -100,7 +111,9 @@ class Release:
     before: int
     status: str
     units: int
-    history: tuple[tuple[str, str], ...]
+    created_at: int
+    changed_at: int
+    history: tuple[Move, ...]
 
 
 @dataclass(slots=True)
@@ -140,11 +153,11 @@ def read_books(connection: sqlite3.Connection, findings: Findings) -> Books:
     columns = "id, escrows, closing, accrued, events, units"
     books.agreements = {row.id: row for row in rows("agreement", columns, _agreement)}
     columns = (
-        "id, agreement, status, service_status, total, baseline, settled, credited, observed,"
-        " remaining"
+        "id, agreement, status, service_status, provider, total, baseline, settled, credited,"
+        " observed, remaining, units_settled"
     )
     books.escrows = {row.id: row for row in rows("escrow", columns, _escrow)}
-    columns = "id, number, escrow, amount, before, status, units, history"
+    columns = "id, number, escrow, amount, before, status, units, created_at, changed_at, history"
     books.releases = {row.id: row for row in rows("release", columns, _release)}
     return books
 
@@ -229,14 +242,19 @@ def _agreement(row: Row) -> Agreement:
 
 
 def _escrow(row: Row) -> Escrow:
-    name, agreement, status, service_status, *figures = row
+    name, agreement, status, service_status, provider, *figures = row
     return Escrow(
-        text(name), text(agreement), text(status), text(service_status), *map(whole, figures)
+        text(name),
+        text(agreement),
+        text(status),
+        text(service_status),
+        None if provider is None else text(provider),
+        *map(whole, figures),
     )
 
 
 def _release(row: Row) -> Release:
-    name, number, escrow, amount, before, status, units, history = row
+    name, number, escrow, amount, before, status, units, created_at, changed_at, history = row
     return Release(
         whole(number),
         text(name),
@@ -245,5 +263,10 @@ def _release(row: Row) -> Release:
         whole(before),
         text(status),
         whole(units),
-        tuple((text(word), text(detail)) for _, word, detail in json.loads(text(history))),
+        whole(created_at),
+        whole(changed_at),
+        tuple(
+            Move(whole(at), text(word), text(detail))
+            for at, word, detail in json.loads(text(history))
+        ),
     )

@@ -134,7 +134,7 @@ def _check_release(books: Books, release: Release, findings: Findings) -> None:
     findings.expect(
         release.amount > 0, "amount", row, f"{release.amount} micros: must be more than 0"
     )
-    for detail in _illegal_moves(release):
+    for detail in (*_illegal_moves(release), *_wrong_times(release)):
         findings.broke("release history", row, detail)
     escrow = books.escrows.get(release.escrow)
     if escrow is None:
@@ -160,7 +160,8 @@ def _illegal_moves(release: Release) -> list[str]:
     """Where a history leaves the table; each row is sent at most once but for repeats by key."""
     wrong = []
     before, doubted, sent = "", False, 0
-    for status, detail in release.history:
+    for move in release.history:
+        status, detail = move.status, move.detail
         if status not in MOVES.get(before, set()):
             wrong.append(f"{before or 'nothing'} -> {status} is no legal move")
         if doubted and status in {"declined", "not_sent"}:
@@ -174,6 +175,17 @@ def _illegal_moves(release: Release) -> list[str]:
     if before != release.status:
         wrong.append(f"it is {release.status}, its history ends with {before or 'nothing'}")
     return wrong
+
+
+def _wrong_times(release: Release) -> list[str]:
+    """By `changed_at` a void is remembered, so that one that lands late is known again."""
+    if not release.history:
+        return []
+    stored = release.created_at, release.changed_at
+    told = release.history[0].at, release.history[-1].at
+    if stored == told:
+        return []
+    return [f"stored as of {stored[0]} and {stored[1]}, its history is of {told[0]} to {told[1]}"]
 
 
 def _check_escrow(books: Books, escrow: Escrow, findings: Findings) -> None:
@@ -209,11 +221,22 @@ def _check_escrow(books: Books, escrow: Escrow, findings: Findings) -> None:
         f"released {format_amount(escrow.observed)} + remaining {format_amount(escrow.remaining)}"
         f" is more than its total of {format_amount(escrow.total)}",
     )
+    agreement = books.agreements.get(escrow.agreement)
     findings.expect(
-        escrow.agreement in books.agreements,
+        agreement is not None and escrow.id in dict(agreement.escrows).values(),
         "references",
         row,
-        f"there is no agreement {escrow.agreement}",
+        f"agreement {escrow.agreement} does not name it as its own"
+        if agreement is not None
+        else f"there is no agreement {escrow.agreement}",
+    )
+    confirmed = [release.units for release in releases if release.status == "confirmed"]
+    findings.expect(
+        escrow.units_settled == (confirmed[-1] if confirmed else 0),
+        "settled",
+        row,
+        f"{escrow.units_settled} nanos of units are stored as settled, its last confirmed release"
+        f" was of {confirmed[-1] if confirmed else 0}",
     )
     if not unfinished:
         _check_level(escrow, findings)

@@ -1,4 +1,4 @@
-"""What a store holds besides money: the journal's chain, the marks of events, dead letters.
+"""What a store holds besides money: the file itself, the marks of events, dead letters.
 
 These are walked row by row and not kept. The marks are ten million and more: their keys are sorted
 in one array, to see whether an identity was taken twice.
@@ -6,8 +6,6 @@ in one array, to see whether an identity was taken twice.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sqlite3
 from typing import Any
 
@@ -16,9 +14,13 @@ import numpy.typing as npt
 
 from meterd.audit.books import Books
 from meterd.audit.findings import BREAKS_MAX, Findings
+from meterd.audit.journal import check_journal
 
 MARK_BYTES = 20  # Eight of key, eight of rest, four of fingerprint.
-ACCEPTED = ("escrow_resumed", "foreign_release_credited")  # Acts by which a difference is credited.
+# What the database itself refuses, whatever the code above it does.
+GUARDS = frozenset(
+    {"release_unfinished", "release_stays", "release_kept", "journal_stays", "journal_kept"}
+)
 
 Settings = dict[str, Any]
 Keys = npt.NDArray[np.uint64]
@@ -28,8 +30,9 @@ def check_records(connection: sqlite3.Connection, books: Books, findings: Findin
     """Check all that stands in rows of its own."""
     settings: Settings = dict(connection.execute("SELECT name, value FROM setting"))
     _check_file(connection, findings)
+    _check_guards(connection, findings)
     _check_numbers(books, findings)
-    _check_journal(connection, settings, books, findings)
+    check_journal(connection, settings, books, findings)
     _check_marks(connection, settings, books, findings)
     _check_dead_letters(connection, findings)
 
@@ -42,6 +45,13 @@ def _check_file(connection: sqlite3.Connection, findings: Findings) -> None:
         findings.broke("references", f"{table} {rowid or ''}".strip(), f"it names no {parent}")
 
 
+def _check_guards(connection: sqlite3.Connection, findings: Findings) -> None:
+    """One open release an escrow, fixed amounts, a journal that only grows: rules of the file."""
+    there = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+    for name in sorted(GUARDS - there):
+        findings.broke("guards", name, "this rule of the database was taken away")
+
+
 def _check_numbers(books: Books, findings: Findings) -> None:
     """A release is never deleted, so their numbers have no gap."""
     numbers = sorted(release.number for release in books.releases.values())
@@ -49,58 +59,6 @@ def _check_numbers(books: Books, findings: Findings) -> None:
         if number != place:
             findings.broke("release kept", f"release number {place}", "it is gone")
             return
-
-
-# -- Journal -------------------------------------------------------------------------------------
-
-
-def _check_journal(
-    connection: sqlite3.Connection, settings: Settings, books: Books, findings: Findings
-) -> None:
-    """Each entry is chained to the one before, and the last one is the one noted beside them."""
-    last, head = 0, bytes(32)
-    bound: set[str] = set()
-    accepted: set[str] = set()
-    query = "SELECT number, hash, at, actor, action, subject, detail FROM journal ORDER BY number"
-    for number, stored, *fields in connection.execute(query):
-        last += 1
-        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-        head = hashlib.sha256(head + line.encode("utf-8", "replace")).digest()
-        if number != last or stored != head:
-            findings.broke(
-                "journal",
-                f"journal {number}",
-                f"entry {last} was expected, with a hash of {head.hex()[:16]}…; from here on"
-                " nothing is proved",
-            )
-            return
-        if fields[2] == "agreement_bound":
-            bound.add(fields[3])
-        elif fields[2] in ACCEPTED:
-            accepted.add(fields[3])
-    noted = settings.get("journal_number", 0), settings.get("journal_hash", bytes(32))
-    findings.expect(
-        noted == (last, head),
-        "journal",
-        f"journal {last}",
-        f"the journal ends here, it should end at entry {noted[0]}",
-    )
-    findings.checked["journal entries"] = last
-    _check_acts(bound, accepted, books, findings)
-
-
-def _check_acts(bound: set[str], accepted: set[str], books: Books, findings: Findings) -> None:
-    """What only an act can bring about has its act in the journal, and the other way round."""
-    for name in sorted(bound ^ set(books.agreements)):
-        said = "was bound, says the journal; it is gone" if name in bound else "was never bound"
-        findings.broke("journal", f"agreement {name}", f"it {said}")
-    for escrow in books.escrows.values():
-        findings.expect(
-            escrow.credited == 0 or escrow.id in accepted,
-            "journal",
-            f"escrow {escrow.id}",
-            f"{escrow.credited} micros are credited, and nobody is on record for it",
-        )
 
 
 # -- Marks of events -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Shown:
     remaining: int
     refunded: int
     release_ids: frozenset[str]
+    provider: str | None = None
 
 
 def compare(
@@ -65,6 +66,12 @@ def _check_figures(
         "service",
         row,
         f"its total is {format_amount(shown.total)}, {format_amount(escrow.total)} when adopted",
+    )
+    findings.expect(
+        shown.provider == escrow.provider,
+        "service",
+        row,
+        f"its provider is {shown.provider}, {escrow.provider} when adopted",
     )
     known, held = escrow.expected, held_of(books, escrow.id)
     if shown.released < known:

@@ -1,21 +1,24 @@
 """What a person does to a running daemon: agreements, releases in doubt, dead letters.
 
-The rule: acts that stop or end something need a reason, which the daemon journals; those that
-cannot be taken back are shown and asked about first, where somebody sits at a terminal.
+The rule: acts that stop or end something need a reason, which the daemon journals. Those that
+cannot be taken back are shown and asked about first, where somebody sits at a terminal; with
+`--dry-run` they are only shown.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Annotated, Any
 
 import typer
 
 from meterd.cli.daemon import Daemon, WrongUse
-from meterd.cli.options import AsJson, Config, Limit, Reason, TokenFile, Url, Yes, connect
+from meterd.cli.options import AsJson, Config, DryRun, Limit, Reason, TokenFile, Url, Yes, connect
 from meterd.cli.screen import Column, console, plain, print_json, say, table
 from meterd.cli.tables import collect
+from meterd.errors import NotFound
 
 AgreementId = Annotated[str, typer.Argument(metavar="AGREEMENT", help="Its id, or its escrow's.")]
 OptionalReason = Annotated[
@@ -65,7 +68,8 @@ def settle(
 
 def close(
     agreement: AgreementId,
-    reason: OptionalReason = "",
+    reason: Reason,
+    dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,
     config: Config = None,
@@ -74,9 +78,11 @@ def close(
 ) -> None:
     """Settle an agreement to the last unit and end it: later usage of it is rejected."""
     with connect(config, url, token_file) as daemon:
-        if _asks(yes=yes):
-            item = daemon.get("v1", "agreements", agreement)
-            _confirm(f"Close {agreement} for good? {_standing(item)}")
+        if dry_run or _asks(yes=yes):
+            _show(_closing(daemon.get("v1", "agreements", agreement)))
+            if dry_run:
+                return
+            _confirm(f"Close {agreement} for good?")
         answer = _act(daemon, agreement, "close", reason)
     sentence = f"{agreement} is being closed. Look: meterd agreements {agreement}"
     _done(answer, sentence, as_json=as_json)
@@ -100,6 +106,8 @@ def freeze(
 def resume(
     agreement: AgreementId,
     reason: Reason,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
     config: Config = None,
     url: Url = None,
@@ -107,6 +115,11 @@ def resume(
 ) -> None:
     """Go on with a frozen agreement, from what its escrow shows now."""
     with connect(config, url, token_file) as daemon:
+        if dry_run or _asks(yes=yes):
+            _show(_resuming(daemon.get("v1", "agreements", agreement)))
+            if dry_run:
+                return
+            _confirm(f"Resume {agreement}?")
         answer = _act(daemon, agreement, "resume", reason)
     _done(answer, f"{agreement} goes on. Look: meterd agreements {agreement}", as_json=as_json)
 
@@ -120,6 +133,7 @@ def resolve(
         bool | None,
         typer.Option("--landed/--absent", help="The money arrived, or it certainly did not."),
     ] = None,
+    dry_run: DryRun = False,
     yes: Yes = False,
     as_json: AsJson = False,
     config: Config = None,
@@ -129,10 +143,12 @@ def resolve(
     """Say what became of a release in doubt, having looked at the escrow service."""
     if landed is None:
         raise WrongUse(f"say which: meterd resolve {release} --landed (or --absent) --reason …")
-    if _asks(yes=yes):
-        meaning = "was paid" if landed else "was not paid, and may be asked for again"
-        _confirm(f"Take it for certain that {release} {meaning}?")
     with connect(config, url, token_file) as daemon:
+        if dry_run or _asks(yes=yes):
+            _show(_resolving(_unfinished(daemon, release), landed=landed))
+            if dry_run:
+                return
+            _confirm("Are you certain?")
         body = {"landed": landed, "reason": reason}
         answer = daemon.ask("POST", "v1", "releases", release, "resolve", body=body)
     word = "landed" if landed else "absent"
@@ -261,8 +277,51 @@ def _confirm(question: str) -> None:
     typer.confirm(plain(question), abort=True)
 
 
-def _standing(item: Mapping[str, Any]) -> str:
-    return f"accrued {item.get('accrued')}, released {item.get('released')} USDC."
+def _show(sentences: Iterable[str]) -> None:
+    sys.stdout.write("".join(f"{plain(sentence)}\n" for sentence in sentences))
+
+
+def _closing(item: Mapping[str, Any]) -> Iterator[str]:
+    """What closing an agreement does."""
+    yield f"{item['id']} has accrued {item['accrued']} USDC, {item['released']} are released."
+    yield f"What is unsettled, {item['unsettled']}, is released now, as far as the escrow has it."
+    yield "Then it is closed for good: later usage is rejected and kept as dead letters."
+
+
+def _resuming(item: Mapping[str, Any]) -> Iterator[str]:
+    """What resuming an agreement takes for true."""
+    yield f"{item['id']} is {item['state']}: {item['reason'] or 'no reason is noted'}."
+    for escrow in item["escrows"]:
+        shown, expected = Decimal(escrow["released"]), Decimal(escrow["expected"])
+        yield f"Escrow {escrow['id']} shows {shown:f} USDC released, meterd knows of {expected:f}."
+        if shown > expected:
+            yield f"The {shown - expected:f} beyond that are taken as payment for usage."
+        elif shown < expected:
+            yield f"The {expected - shown:f} that it lacks are taken as lost and may be paid again."
+    yield f"After that the {item['unsettled']} USDC that are unsettled are released again."
+
+
+def _unfinished(daemon: Daemon, release: str) -> Mapping[str, Any]:
+    """Find a release whose outcome is open. Raises `NotFound`."""
+    for status in ("escalated", "in_doubt"):
+        found, _ = collect(daemon, "releases", limit=10_000, status=status)
+        for item in found:
+            if item["id"] == release:
+                return item
+    raise NotFound(f"no release in doubt is named {release}; list them: meterd releases")
+
+
+def _resolving(item: Mapping[str, Any], *, landed: bool) -> Iterator[str]:
+    """What a person's word on a release does."""
+    yield (
+        f"Release {item['id']} of {item['amount']} USDC on escrow {item['escrow']} is"
+        f" {item['status']}: {item['history'][-1]['detail']}."
+    )
+    if landed:
+        yield "With --landed it counts as paid for good; if it was not, you have lost that much."
+    else:
+        yield "With --absent it is owed again; if it was paid, your customer pays it twice."
+    yield f"Look first: the escrow service shows {item['id']} in the memo of what it paid."
 
 
 def _done(answer: object, sentence: str, *, as_json: bool) -> None:

@@ -14,7 +14,8 @@ import typer
 
 from meterd import __version__
 from meterd.cli.daemon import WrongUse
-from meterd.cli.options import Config
+from meterd.cli.options import Config, Yes
+from meterd.cli.screen import plain
 from meterd.core.money import BadNumber, parse_amount
 from meterd.errors import MeterdError, Mistake
 
@@ -144,6 +145,37 @@ def check(
         raise typer.Exit(questions.ask(settings))
 
 
+RESTORED = """\
+{database} is the copy now.
+{kept}
+What was released since the copy was made is noticed and never paid again. Next:
+  meterd verify --live     shows what that is; exit 3 is expected when there is something
+  meterd run               the escrows concerned freeze; send usage since then once more, then
+  meterd resume AGREEMENT --reason TEXT
+"""
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A copy by meterd backup.")],
+    yes: Yes = False,
+    config: Config = None,
+) -> None:
+    """Put a copy in the place of the store, while no daemon runs; what was there is kept."""
+    from meterd import app
+    from meterd import config as configuration
+
+    settings = configuration.load(config, os.environ)
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty():
+        question = f"Put {file} in the place of the store in {settings.daemon.data_dir}?"
+        typer.confirm(plain(question), abort=True)
+    done = app.put_back(file, settings)
+    kept = f"What was there is kept: meterd restore {done.kept} undoes this."
+    if done.kept is None:
+        kept = "There was no store before."
+    said = RESTORED.format(database=done.database, kept=kept)
+    sys.stdout.write("".join(f"{plain(line)}\n" for line in said.splitlines()))
+
+
 def version() -> None:
     """Print the version."""
     sys.stdout.write(f"meterd {__version__}\n")
@@ -168,6 +200,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "sandbox": sandbox,
     "check": check,
+    "restore": restore,
     "version": version,
 }
 CONFIG_COMMANDS: dict[str, Callable[..., Any]] = {

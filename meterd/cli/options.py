@@ -37,6 +37,7 @@ TokenFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is written into the journal.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what it would do, and do nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, help="How many to show.")]
 

@@ -15,10 +15,11 @@ import typer
 
 from meterd.cli.daemon import Daemon
 from meterd.cli.options import AsJson, Config, Limit, TokenFile, Url, connect
-from meterd.cli.screen import Column, console, moment, plain, print_json, say, styled, table
+from meterd.cli.screen import BAD, Column, console, moment, plain, print_json, say, styled, table
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.text import Text
 
 PAGE_MAX = 1000  # What the API gives at once.
 NEEDS_A_PERSON = 3
@@ -194,14 +195,13 @@ SOURCES = (
     Column("not acked", "unacked", "number"),
     Column("says", "says"),
 )
-TROUBLE = (
-    Column("agreement", "agreement"),
-    Column("state", "state", "state"),
-    Column("reason", "reason"),
-    Column("amount", "amount", "number"),
-    Column("next", "next"),
-)
-TROUBLES = ("frozen", "in_doubt", "exhausted")
+TROUBLES = ("in_doubt", "frozen", "exhausted", "paused")
+AT_STAKE = {
+    "escalated": "may or may not be paid",
+    "in_doubt": "may or may not be paid",
+    "late": "landed late",
+    "exhausted": "used beyond what is left",
+}
 
 
 def status(
@@ -228,8 +228,8 @@ def status(
 
 
 def needs_a_person(found: Item) -> bool:
-    """Whether somebody must act: something is frozen, or the daemon says so itself."""
-    return bool(found["frozen"]) or found["flow"]["word"] == "needs_a_person"
+    """Whether somebody must act, and not only wait: the daemon says so."""
+    return bool(found["needs_a_person"])
 
 
 def _watch(daemon: Daemon) -> None:
@@ -257,15 +257,38 @@ def status_screen(found: Item) -> Group:
             (plain(sentence.format(blocked=flow["blocked"])), style),
             (f"  meterd {plain(found['version'])}, since {moment(found['started_at'])} UTC", "dim"),
         ),
+        *([Text(f"Next: {plain(flow['next'])}", "bold")] if flow["next"] else ()),
         table(TOTALS, [found["totals"]]),
         Text("\n".join(_sentences(found))),
     ]
     if found["sources"]:
         parts.append(table(SOURCES, [_source(source) for source in found["sources"]]))
-    troubles = [{**item, "state": kind} for kind in TROUBLES for item in found[kind]]
-    if troubles:
-        parts.append(table(TROUBLE, troubles))
+    parts += [line for item in _troubles(found) for line in _trouble(item)]
     return Group(*parts)
+
+
+def _troubles(found: Item) -> Iterator[Item]:
+    """Each agreement in trouble once, and last what is gravest: it stands next to the prompt."""
+    shown: dict[str, Item] = {}
+    for kind in TROUBLES:
+        for item in found[kind]:
+            known = shown.get(item["agreement"])
+            if known is None or known["state"] == "in_doubt":
+                shown[item["agreement"]] = item
+    yield from sorted(shown.values(), key=lambda item: item["state"] in BAD)
+
+
+def _trouble(item: Item) -> Iterator[Text]:
+    """What is wrong, what it costs, and what to type, a line each; a command is never broken."""
+    from rich.text import Text
+
+    state, cost = item["state"], ""
+    if item["amount"] != "0.00":
+        cost = f"  {item['amount']} USDC {AT_STAKE.get(state, 'earned and not paid')}"
+    yield Text.assemble(styled(state), " ", (plain(item["agreement"]), "bold"), plain(cost))
+    yield Text(f"  {plain(item['reason'])}")
+    if item["next"]:
+        yield Text(f"  > {plain(item['next'])}", "bold", no_wrap=True, overflow="ignore")
 
 
 def _sentences(found: Item) -> Iterator[str]:
@@ -292,8 +315,40 @@ def _source(source: Item) -> Item:
     return {**source, "state": state, "says": source["error"] or source["warning"]}
 
 
+# -- Journal -------------------------------------------------------------------------------------
+
+JOURNAL = (
+    Column("number", "number", "number"),
+    Column("at (UTC)", "at", "time"),
+    Column("by", "actor"),
+    Column("act", "action"),
+    Column("on", "subject"),
+    Column("why", "detail"),
+)
+
+
+def journal(
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    config: Config = None,
+    url: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Show who did what to the money and why, newest first; `meterd verify` proves it unbroken."""
+    with connect(config, url, token_file) as daemon:
+        found, more = collect(daemon, "journal", limit=limit)
+    if as_json:
+        print_json({"items": found, "next": more})
+    elif not found:
+        say("The journal is empty; there is nothing yet that anybody did.")
+    else:
+        console().print(table(JOURNAL, found))
+        _say_more(more, "journal", limit)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "status": status,
     "agreements": agreements,
     "releases": releases,
+    "journal": journal,
 }

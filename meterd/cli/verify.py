@@ -102,7 +102,13 @@ async def _answer(client: EscrowClient, gate: asyncio.Semaphore, escrow: str) ->
     if read.escrow != escrow:
         return f"it answered for another escrow, {read.escrow}"
     return Shown(
-        read.status, read.total, read.released, read.remaining, read.refunded, read.release_ids
+        read.status,
+        read.total,
+        read.released,
+        read.remaining,
+        read.refunded,
+        read.release_ids,
+        read.provider,
     )
 
 
@@ -191,10 +197,7 @@ def _lines(found: Audit) -> list[str]:
 
 RESTORE = """\
 To look at it:     meterd verify --backup {path}
-To restore it:     1. stop the daemon
-                   2. move meterd.db and meterd.db-wal out of its data_dir, both of them
-                   3. copy {path} to meterd.db in there
-                   4. meterd verify --live, then start the daemon
+To restore it:     stop the daemon, type meterd restore {path}, start the daemon
 What was released since then is noticed and never paid again: the escrow freezes until
 meterd resume AGREEMENT --reason TEXT. Usage since then has to be sent once more.
 """

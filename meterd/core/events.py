@@ -186,7 +186,15 @@ def _number_text(number: int | str | msgspec.Raw) -> str:
         return number
     assert isinstance(number, msgspec.Raw)
     raw = bytes(number)
-    return str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else _ascii(raw)
+    return _text(raw) if raw[:1] == b'"' else _ascii(raw)
+
+
+def _text(raw: bytes) -> str:
+    """Read a JSON text; as raw JSON it was passed over, so that nobody has looked inside yet."""
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.MsgspecError, ValueError):
+        raise money.BadNumber("a text that is no UTF-8") from None
 
 
 def _ascii(raw: bytes) -> str:

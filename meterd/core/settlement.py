@@ -28,6 +28,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from meterd.core.money import format_amount
+
 # --------------------------------------------------------------------------------------------------
 # Facts
 
@@ -66,6 +68,9 @@ UNFINISHED = frozenset(
 )
 WALLET = "wallet"  # The role of a payer's wallet, drawn on like an escrow.
 UNKNOWN_OUTCOME = frozenset({ReleaseStatus.IN_DOUBT, ReleaseStatus.ESCALATED})
+
+# A right to release is given by a person; asking for it more often changes nothing.
+FORBIDDEN_WAIT_S = 10.0
 
 # What the service's own words mean (escrow-api.md, "states").
 LIVE = frozenset({"funded", "locked", "active", "pending", "working", "partially_released"})
@@ -205,7 +210,8 @@ class AnswerKind(enum.StrEnum):
     DECLINED = "declined"  # 400, 422: a person must look.
     MISSING = "missing"  # 404.
     EMPTY = "empty"  # 402.
-    KEY_REFUSED = "key_refused"  # 401, 403.
+    KEY_REFUSED = "key_refused"  # 401.
+    FORBIDDEN = "forbidden"  # 403: this escrow is not ours to release, or not now.
     LIMITED = "limited"  # 429.
     NOT_SENT = "not_sent"
     CONFLICT = "conflict"  # 409: a reading decides.
@@ -459,21 +465,37 @@ def _misfit(state: Escrow, reading: Reading, rules: Rules) -> str:
             "released + remaining + refunded is not the total",
         ),
         (reading.released > reading.total, "more was released than the total"),
+        (
+            min(reading.released, reading.remaining, reading.refunded) < 0,
+            "a figure of the escrow is below zero",
+        ),
     )
     return next((text for wrong, text in checks if wrong), "")
 
 
 def _adopt(state: Escrow, event: Observed, rules: Rules) -> Outcome:
-    """Two equal readings apart make the baseline; the service may lag behind its own writes."""
+    """Two equal readings apart make the baseline; the service may lag behind its own writes.
+
+    As many show that the escrow has ended before it could be adopted: nothing will ever be paid.
+    """
     reading, first = event.reading, state.reading
-    if reading.status not in LIVE:
+    if reading.status not in LIVE | ENDED:
         held = replace(state, reason=f"the service says {reading.status!r}", reading=None)
         return held, (Blocked(held.reason),)
     same = first is not None and _figures(first) == _figures(reading)
-    if first is None or not same:
-        return replace(state, reading=reading, reason="first reading taken"), ()
+    ended = reading.status in ENDED
+    if first is None or not same or ended != (first.status in ENDED):
+        said = f": the service says {reading.status!r}" if ended else ""
+        return replace(state, reading=reading, reason=f"first reading taken{said}"), ()
     if reading.mono - first.mono < rules.observe_gap:
         return state, ()
+    if ended:
+        why = f"it ended before it was adopted: the service says {reading.status!r}"
+        closed = replace(
+            state, status=EscrowStatus.CLOSED, reason=why, service_status=reading.status
+        )
+        lost = (Alarm("uncollectible", f"{why}, with {_usdc(event.owed)} unpaid"),)
+        return closed, lost if event.owed > 0 else ()
     adopted = replace(
         state,
         status=EscrowStatus.ACTIVE,
@@ -557,7 +579,7 @@ def _compare(state: Escrow, event: Observed, rules: Rules) -> Outcome:
         return _surplus(state, event, rules, difference)
     if not _low_for_long(state, rules):
         return state, (Blocked("the service shows less than was released"),)
-    return _freeze(state, f"the service shows {-difference} micros less than was released")
+    return _freeze(state, f"the service shows {_usdc(-difference)} less than was released")
 
 
 def _low_for_long(state: Escrow, rules: Rules) -> bool:
@@ -598,7 +620,7 @@ def _surplus(state: Escrow, event: Observed, rules: Rules, difference: int) -> O
     # sight.
     if not _seen_twice(state, _SURPLUS, event, rules):
         return _note(state, _SURPLUS, event)
-    text = f"{difference} micros more were released than meterd asked for"
+    text = f"{_usdc(difference)} more were released than meterd asked for"
     if void is not None:
         late = _enter(void, ReleaseStatus.LATE, "landed after it was given up", event.wall)
         voids = tuple(late if row.id == void.id else row for row in state.voids)
@@ -613,7 +635,7 @@ def _surplus(state: Escrow, event: Observed, rules: Rules, difference: int) -> O
         return frozen, (Record(late), *effects)
     if state.observed > state.baseline + max(event.owed, state.settled):
         over = state.observed - state.baseline - event.owed
-        return _freeze(state, f"overpaid by {over} micros: {text}")
+        return _freeze(state, f"overpaid by {_usdc(over)}: {text}")
     if rules.credit_foreign:
         credited = replace(state, credited=state.credited + difference, suspicion=None)
         return credited, (Alarm("foreign_release_credited", text),)
@@ -632,7 +654,7 @@ def _follow(state: Escrow, event: Observed, _: Rules) -> Outcome:
         closed = replace(state, status=EscrowStatus.CLOSED, reason=f"the service says {word!r}")
         if state.unsettled(event.owed) > 0:
             lost = state.unsettled(event.owed)
-            return closed, (Alarm("uncollectible", f"ended with {lost} micros unsettled"),)
+            return closed, (Alarm("uncollectible", f"ended with {_usdc(lost)} unsettled"),)
         return closed, ()
     paused = replace(state, status=EscrowStatus.PAUSED, reason=f"the service says {word!r}")
     return paused, ((Alarm("escrow_paused", paused.reason),) if paused != state else ())
@@ -662,7 +684,7 @@ def _due(state: Escrow, event: Due, rules: Rules) -> Outcome:
         if state.closing:
             rest = state.unsettled(event.owed)
             lost = (
-                (Alarm("uncollectible", f"closed with {rest} micros unpaid"),) if rest > 0 else ()
+                (Alarm("uncollectible", f"closed with {_usdc(rest)} unpaid"),) if rest > 0 else ()
             )
             return replace(state, status=EscrowStatus.CLOSED, reason="settled"), lost
         return state, (Blocked("nothing can be released"),)
@@ -758,6 +780,8 @@ def _held_off(state: Escrow, event: Answered, rules: Rules) -> Escrow:
     wait = event.answer.retry_after
     if wait is None:
         wait = rules.min_interval * 2**failures
+    if event.answer.kind is AnswerKind.FORBIDDEN:
+        wait = max(wait, FORBIDDEN_WAIT_S)
     next_mono = max(state.next_mono, event.mono + min(wait, 300.0))
     return replace(state, failures=failures, next_mono=next_mono)
 
@@ -767,6 +791,7 @@ _DECLINED: dict[AnswerKind, EscrowStatus | None] = {
     AnswerKind.DECLINED: EscrowStatus.FROZEN,
     AnswerKind.MISSING: EscrowStatus.PAUSED,
     AnswerKind.KEY_REFUSED: EscrowStatus.PAUSED,
+    AnswerKind.FORBIDDEN: EscrowStatus.PAUSED,
     AnswerKind.EMPTY: None,  # The next reading shows how little is left.
     AnswerKind.LIMITED: None,
 }
@@ -875,6 +900,10 @@ def _closing(state: Escrow, _: Closing, __: Rules) -> Outcome:
 
 # --------------------------------------------------------------------------------------------------
 # Moves that several inputs share
+
+
+def _usdc(micros: int) -> str:
+    return f"{format_amount(micros)} USDC"
 
 
 def _enter(release: Release, status: ReleaseStatus, detail: str, wall: int) -> Release:

@@ -13,7 +13,7 @@ An answer to a release, by its status (first) and its body (second):
 | 2xx                     | anything else       | DOUBT       | a bare 2xx names no amount        |
 | 400 422                 | documented error    | DECLINED    | the service itself refused        |
 | 402                     | documented error    | EMPTY       |                                   |
-| 403                     | documented error    | KEY_REFUSED |                                   |
+| 403                     | documented error    | FORBIDDEN   | of this escrow alone              |
 | 404                     | documented error    | MISSING     |                                   |
 | 409                     | documented error    | CONFLICT    | a reading decides                 |
 | 400 402 403 404 409 422 | anything else       | DOUBT       | a proxy's page, or a firewall's:  |
@@ -248,7 +248,7 @@ _WHOEVER_SAYS_IT = {401: AnswerKind.KEY_REFUSED, 429: AnswerKind.LIMITED}
 _DOCUMENTED = {
     400: AnswerKind.DECLINED,
     402: AnswerKind.EMPTY,
-    403: AnswerKind.KEY_REFUSED,
+    403: AnswerKind.FORBIDDEN,
     404: AnswerKind.MISSING,
     409: AnswerKind.CONFLICT,
     422: AnswerKind.DECLINED,

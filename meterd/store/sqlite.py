@@ -193,6 +193,7 @@ class SqliteStore:
                 _make_directory(data_dir)
                 lock = DirectoryLock.take(data_dir)
                 undo.callback(lock.release)
+                _refuse_foreign_log(data_dir / DATABASE_NAME)
                 _make_file(data_dir / DATABASE_NAME)
                 connection = sqlite3.connect(
                     data_dir / DATABASE_NAME,
@@ -223,7 +224,7 @@ class SqliteStore:
         identities = Identities(entries_max, settings.get("marks_from", 0))
         identities.load(connection.execute("SELECT bucket, data FROM mark_block"))
         _give_memory_back()
-        _sync_directory(data_dir)
+        sync_directory(data_dir)
         store = cls(connection, lock, data_dir, identities, heads)
         if not store._make_reserve():
             store._full, store.writable = True, False
@@ -631,7 +632,7 @@ def _make_directory(data_dir: Path) -> None:
     if data_dir.is_dir():
         return
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _sync_directory(data_dir.parent)
+    sync_directory(data_dir.parent)
 
 
 def _make_file(path: Path) -> None:
@@ -639,7 +640,31 @@ def _make_file(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _sync_directory(path: Path) -> None:
+def foreign_log(database: Path) -> bool:
+    """Whether the log beside a database certainly belongs to another one.
+
+    A store says in its header, durably and before its log has a byte, that it has one (bytes 18
+    and 19). A file of `meterd backup` says that it has none, and an empty file says nothing: SQLite
+    would lay the log over the one, and delete it beside the other.
+    """
+    if not _size(database.with_name(f"{database.name}-wal")):
+        return False
+    if not _size(database):
+        return True
+    with database.open("rb") as file:
+        return file.read(20)[18:20] == b"\1\1"
+
+
+def _refuse_foreign_log(database: Path) -> None:
+    if foreign_log(database):
+        raise StoreCorrupt(
+            f"{database}-wal belongs to another file than {database}, which was put back by hand"
+            " or is gone: it would undo or spoil it. Type: meterd restore FILE, with the copy that"
+            " should be there; or put back the database that the log belongs to"
+        )
+
+
+def sync_directory(path: Path) -> None:
     """Make names durable: without it a power cut may take a new file that was itself fsynced."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -769,7 +794,7 @@ def _back_up(connection: sqlite3.Connection, path: Path) -> None:
             os.close(descriptor)
         os.link(partial, path)  # Unlike a rename it never replaces a file.
         partial.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except FileExistsError:
         partial.unlink(missing_ok=True)
         raise Refused(f"{path} exists: name a new file") from None

@@ -625,6 +625,51 @@ def test_a_refused_key_stops_releases_until_it_works_again(
     assert (paid(good, escrow), paid(good, other)) == (Decimal("0.02"), Decimal("0.02"))
 
 
+def test_a_release_that_is_forbidden_holds_up_its_own_escrow_alone(
+    bench: Node, good: Sandbox
+) -> None:
+    """A 403 is about one escrow: the others are paid on, and it is paid when it may be."""
+    escrow, other = good.lock("1.00"), good.lock("1.00")
+    bench.bind(escrow, "stream")
+    bench.bind(other, "stream")
+    refused = len(bench.logged("key_refused"))
+    told = len(bench.logged("release_forbidden"))
+    good.fault(kind="error_500_before", call="release_partial", status=403, escrow_id=escrow)
+    bench.use(escrow, 20, f"{escrow}-1")
+    bench.wait_logged("release_forbidden", told + 1)
+    bench.use(other, 20, f"{other}-1")
+    bench.wait_agreement(other, released="0.02")
+    unpaid = bench.agreement(escrow)["released"]
+    blocked = bench.get("/v1/status")["flow"]["blocked"]
+    bench.wait_agreement(escrow, released="0.02", state="active")
+
+    assert (unpaid, blocked) == ("0.00", "")
+    assert len(bench.logged("key_refused")) == refused
+    assert [one["status"] for one in bench.releases(escrow)] == ["confirmed", "declined"]
+
+
+@pytest.mark.parametrize("end", ["refund", "expire"])
+def test_an_escrow_that_ends_before_it_is_adopted_is_closed_with_the_reason(
+    tmp_path: Path, good: Sandbox, end: str
+) -> None:
+    """It does not stay half bound for ever, and the usage that came meanwhile shows as lost."""
+    escrow = good.lock("1.00")
+    text = configuration(good, escrow='observe_gap = "1s"')
+    with Node(tmp_path, text) as node:
+        node.wait_ready()
+        good.fault(kind=end, escrow_id=escrow)
+        node.ask("PUT", f"/v1/agreements/{escrow}", {"plan": "stream"})
+        node.use(escrow, 20, "e1")
+        closed = node.wait_state(escrow, "closed")
+        late = node.send({"id": "e2", "escrow_id": escrow, "meter": "units", "quantity": 1})
+        node.stop()
+
+    assert "ended before it was adopted" in closed["reason"]
+    assert closed["uncollectible"] == "0.02"
+    assert [one["reason"] for one in late["rejected"]] == ["closed"]
+    assert paid(good, escrow) == 0
+
+
 # -- Persons ---------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -51,9 +50,10 @@ def breaks(document: Any) -> list[tuple[str, str]]:
 
 def restore(node: Node, backup: Path) -> None:
     """Restore as `meterd backup` says to."""
-    for name in ("meterd.db", "meterd.db-wal"):
-        (node.data_dir / name).unlink(missing_ok=True)
-    shutil.copyfile(backup, node.data_dir / "meterd.db")
+    done = node.type("restore", str(backup))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "meterd verify --live" in done.stdout
 
 
 def test_auditor_agrees_with_a_killed_daemon_and_with_the_service(
@@ -139,7 +139,7 @@ def test_backup_of_a_running_daemon_is_whole_and_journalled(
     live_code, live = verified(node, "--backup", str(copy), "--live")
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert "meterd.db-wal" in done.stdout
+    assert f"meterd restore {copy}" in done.stdout
     assert (code, document["released"], document["backup"]) == (0, "0.02", True)
     assert document["checked"]["journal entries"] == 2  # It was bound, and a backup was asked for.
     assert (live_code, live["breaks"]) == (0, [])
@@ -199,10 +199,13 @@ def test_older_backup_that_is_restored_pays_nothing_twice(
     copy = tmp_path / "copy.db"
     assert node.type("backup", str(copy)).returncode == 0
     use_and_pay(node, sandbox, escrow, 3, 5)
-    node.stop()
+    refused = node.type("restore", str(copy))
+    node.kill()  # What it leaves beside its database must not undo the restore.
     restore(node, copy)
     code, document = verified(node, "--live")
 
+    assert refused.returncode == 2
+    assert f"process {node.pid}" in refused.stderr
     assert code == 3  # Three releases that this store does not know.
     assert len(breaks(document)) == 4
     node.start()

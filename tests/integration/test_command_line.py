@@ -182,7 +182,7 @@ def test_a_closed_agreement_is_paid_to_the_last_unit(stage: Stage) -> None:
     """`close` releases everything that was used, however little it is."""
     escrow = stage.bound("ended")
     stage.type("emit", "ended", "tokens", "0.001")
-    answer = stage.type("close", "ended")
+    answer = stage.type("close", "ended", "--reason", "it is over")
     stage.until(lambda: stage.ask("agreements", "ended")["state"] == "closed")
 
     assert answer.returncode == 0, answer.stderr

@@ -82,6 +82,10 @@ class Stage:
     async def step(self, name: str, event: Any) -> None:
         await self.books.step(f"esc_{name}", event)
 
+    async def resolve(self, name: str, *, landed: bool) -> None:
+        account = self.books.ledger.accounts[name]
+        await self.books.resolve(account, "test", "asked the service", landed=landed)
+
     async def release(self, name: str, kind: AnswerKind, amount: int | None = None) -> None:
         """Release what is owed, or as much of it as asked, and be answered so."""
         escrow = self.books.ledger.escrows[f"esc_{name}"]
@@ -110,8 +114,7 @@ async def _fill(data_dir: Path) -> None:
     await stage.release("a", AnswerKind.LIMITED, 1000)
     stage.clock.advance(120)
     await stage.release("a", AnswerKind.DOUBT, 500)
-    resolved = Resolved(False, "asked the service", stage.clock.mono(), stage.clock.wall())
-    await stage.step("a", resolved)
+    await stage.resolve("a", landed=False)
     await stage.release("a", AnswerKind.CONFIRMED, 1000)
     await stage.use("b", 1)
     await stage.use("b", 1, "unknown")
@@ -262,7 +265,7 @@ async def test_auditor_reports_a_release_that_landed_after_it_was_given_up(tmp_p
     await stage.bind("a")
     await stage.use("a", 1)
     await stage.release("a", AnswerKind.DOUBT)
-    await stage.step("a", Resolved(False, "gone", stage.clock.mono(), stage.clock.wall()))
+    await stage.resolve("a", landed=False)
     await stage.release("a", AnswerKind.CONFIRMED)
     await stage.read("a", 2000)
     await stage.read("a", 2000)
@@ -384,6 +387,22 @@ TAMPERED = {
         "UPDATE escrow SET status = 'closed' WHERE id = 'esc_b'",
         ("release history", "release @r5@"),
     ),
+    "an escrow that its agreement does not name": (
+        "UPDATE agreement SET escrows = '[]' WHERE id = 'b'",
+        ("references", "escrow esc_b"),
+    ),
+    "an escrow that was closed with usage unpaid": (
+        "UPDATE escrow SET status = 'closed' WHERE id = 'esc_a'",
+        ("settled at close", "escrow esc_a"),
+    ),
+    "an escrow that nobody froze": (
+        "UPDATE escrow SET status = 'frozen' WHERE id = 'esc_c'",
+        ("frozen", "escrow esc_c"),
+    ),
+    "units that are settled": (
+        "UPDATE escrow SET units_settled = units_settled + 1 WHERE id = 'esc_a'",
+        ("settled", "escrow esc_a"),
+    ),
     "an amount": (
         "UPDATE release SET amount = amount - 1 WHERE id = '@r1@'",
         ("settled", "escrow esc_a"),
@@ -415,6 +434,14 @@ TAMPERED = {
     "a release of no escrow": (
         "UPDATE release SET escrow = 'esc_z' WHERE id = '@r3@'",
         ("references", "release @r3@"),
+    ),
+    "a release behind another level": (
+        "UPDATE release SET before = before + 1 WHERE id = '@r4@'",
+        ("level", "release @r4@"),
+    ),
+    "when a release changed": (
+        "UPDATE release SET changed_at = changed_at - 1 WHERE id = '@r3@'",
+        ("release history", "release @r3@"),
     ),
     "a history that cannot be read": (
         "UPDATE release SET history = '[1]' WHERE id = '@r3@'",
@@ -493,6 +520,129 @@ def test_two_open_releases_of_an_escrow_are_named(state: Path) -> None:
     assert ("one open release", "escrow esc_b") in broken(audit(state))
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "INDEX release_unfinished",
+        "TRIGGER release_stays",
+        "TRIGGER release_kept",
+        "TRIGGER journal_stays",
+        "TRIGGER journal_kept",
+    ],
+)
+def test_a_rule_that_the_database_has_lost_is_named(state: Path, rule: str) -> None:
+    """What the file itself refuses, it must still refuse; nothing else has to be wrong."""
+    with contextlib.closing(sqlite3.connect(state / "meterd.db", isolation_level=None)) as other:
+        other.execute(f"DROP {rule}")
+
+    assert broken(audit(state)) == [("guards", rule.split()[1])]
+
+
+async def _frozen_and_resumed(data_dir: Path) -> Stage:
+    """`a` pays, is frozen by a person for a minute, is resumed, and pays again."""
+    stage = Stage(data_dir)
+    await stage.bind("a")
+    await stage.use("a", 1)
+    await stage.release("a", AnswerKind.CONFIRMED)
+    account = stage.books.ledger.accounts["a"]
+    stage.clock.advance(60)
+    await stage.books.freeze(account, "test", "odd usage")
+    stage.clock.advance(60)
+    await stage.read("a", 1000)
+    await stage.books.resume(account, "test", "looked at it")
+    await stage.use("a", 1)
+    await stage.release("a", AnswerKind.CONFIRMED)
+    await stage.store.close()
+    return stage
+
+
+async def test_a_release_while_its_escrow_was_frozen_is_named(tmp_path: Path) -> None:
+    """By the journal's times: frozen, nothing is intended and nothing sent."""
+    await _frozen_and_resumed(tmp_path / "state")
+    untouched = broken(audit(tmp_path / "state"))
+    last = release_ids(tmp_path / "state")[-1]
+    with shell(tmp_path / "state") as other:
+        query = "SELECT min(at) FROM journal WHERE action = 'escrow_frozen'"
+        (frozen_at,) = other.execute(query).fetchone()
+        (history,) = other.execute("SELECT history FROM release WHERE id = ?", (last,)).fetchone()
+        moves = json.loads(history)
+        moves[0][0] = moves[1][0] = frozen_at + 1
+        statement = "UPDATE release SET history = ?, created_at = ? WHERE id = ?"
+        other.execute(statement, (json.dumps(moves), frozen_at + 1, last))
+
+    assert untouched == []
+    assert ("frozen", f"release {last}") in broken(audit(tmp_path / "state"))
+
+
+async def test_a_clock_that_was_set_back_is_a_note_and_no_break(tmp_path: Path) -> None:
+    """Times prove nothing then, and what they cannot prove is not claimed."""
+    stage = Stage(tmp_path / "state")
+    await stage.bind("a")
+    account = stage.books.ledger.accounts["a"]
+    await stage.books.freeze(account, "test", "odd usage")
+    await stage.read("a", 0)
+    stage.clock.wall_ms -= 3_600_000
+    await stage.books.resume(account, "test", "looked at it")
+    await stage.use("a", 1)
+    await stage.release("a", AnswerKind.CONFIRMED)
+    await stage.store.close()
+    found = audit(tmp_path / "state")
+
+    assert broken(found) == []
+    assert any("clock was set back" in note for note in found.findings.notes)
+
+
+def test_an_escrow_that_left_the_freezer_by_itself_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only `meterd resume` ends it, and that is in the journal."""
+
+    async def freeze() -> None:
+        stage = Stage(tmp_path / "state")
+        await stage.bind("a")
+        await stage.books.freeze(stage.books.ledger.accounts["a"], "test", "odd usage")
+        await stage.store.close()
+
+    asyncio.run(freeze())
+    tamper(tmp_path / "state", "UPDATE escrow SET status = 'active' WHERE id = 'esc_a'")
+    code = main(["verify", "--data-dir", str(tmp_path / "state")])
+
+    assert code == 3
+    assert "frozen: escrow esc_a: it is active" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("landed", [True, False])
+async def test_a_word_that_no_person_said_is_named(tmp_path: Path, landed: bool) -> None:
+    """A doubt that was resolved by hand has its act in the journal."""
+    stage = Stage(tmp_path / "state")
+    await stage.bind("a")
+    await stage.use("a", 1)
+    await stage.release("a", AnswerKind.DOUBT)
+    event = Resolved(landed, "nobody", stage.clock.mono(), stage.clock.wall())
+    await stage.step("a", event)
+    await stage.store.close()
+
+    assert broken(audit(tmp_path / "state")) == [("journal", "escrow esc_a")]
+
+
+async def test_an_agreement_that_is_closed_with_usage_unpaid_says_so_in_its_journal(
+    tmp_path: Path,
+) -> None:
+    """What was lost with an escrow that its service ended is on record, and then no break."""
+    stage = Stage(tmp_path / "state")
+    await stage.bind("a")
+    await stage.use("a", 1)
+    stage.clock.advance(5)
+    mono = stage.clock.mono()
+    reading = replace(reading_of("esc_a", total=TOTAL, mono=mono), status="refunded")
+    await stage.step("a", Observed(reading, mono, stage.clock.wall(), stage.owed("a")))
+    await stage.store.close()
+    found = audit(tmp_path / "state")
+
+    assert found.books.escrows["esc_a"].status == "closed"
+    assert broken(found) == []
+
+
 HISTORIES = {
     "sent twice": ["intended", "sent", "sent"],
     "sent again behind a doubt": ["intended", "sent", "in_doubt", "sent", "confirmed"],
@@ -522,7 +672,8 @@ def write_history(data_dir: Path, release: str, words: list[str]) -> None:
         status, _, same = word.partition(":")
         lines.append([1, status, "repeated with the same key" if same else "why"])
     status = lines[-1][1] if lines else "confirmed"
-    statement = "UPDATE release SET history = ?, status = ? WHERE id = ?"
+    times = "created_at = 1, changed_at = 1"
+    statement = f"UPDATE release SET history = ?, status = ?, {times} WHERE id = ?"
     tamper(data_dir, statement, json.dumps(lines), status, release)
 
 
@@ -643,7 +794,8 @@ def shown(found: Audit, escrow: str, **changes: Any) -> Shown:
     ids = {
         release.id for release in found.books.releases_of(escrow) if release.status == "confirmed"
     }
-    honest = Shown("active", TOTAL, row.expected, TOTAL - row.expected, 0, frozenset(ids))
+    rest = TOTAL - row.expected
+    honest = Shown("active", TOTAL, row.expected, rest, 0, frozenset(ids), row.provider)
     return replace(honest, **changes)
 
 
@@ -671,7 +823,8 @@ def test_service_that_agrees_breaks_nothing(filled: Path) -> None:
         ({"released": 9000, "remaining": TOTAL - 9000}, "0.002935 of it beyond all usage"),
         ({"released": 2000, "remaining": TOTAL - 2000}, "0.001 less"),
         ({"remaining": 1}, "is not its total"),
-        ({"total": TOTAL + 1, "remaining": TOTAL - 2999}, "when adopted"),
+        ({"total": TOTAL + 1, "remaining": TOTAL - 2999}, "10.00 when adopted"),
+        ({"provider": "agent_thief"}, "provider-1 when adopted"),
     ],
 )
 def test_service_with_other_figures_is_a_break(

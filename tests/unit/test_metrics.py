@@ -33,7 +33,9 @@ TABLE = {
     "releases_total": ("outcome",),
     "release_seconds": (),
     "releases_in_doubt": (),
+    "releases_escalated": (),
     "escrows_frozen": (),
+    "escrows_paused": (),
     "escrows_exhausted": (),
     "settlement_lag_seconds": (),
     "reconciliation_difference_usdc": (),
@@ -75,6 +77,7 @@ class Sums:
     uncollectible: int = 0
     difference: int = 0
     releases_in_doubt: int = 0
+    releases_escalated: int = 0
     lag_ms: int = 0
     states: dict[str, int] = field(default_factory=dict)
 
@@ -207,9 +210,10 @@ def test_what_the_ledger_knows_is_read_at_the_scrape():
         in_doubt=4,
         uncollectible=5,
         difference=6,
-        releases_in_doubt=1,
+        releases_in_doubt=5,
+        releases_escalated=1,
         lag_ms=1500,
-        states={"frozen": 2, "exhausted": 3, "active": 9},
+        states={"frozen": 2, "exhausted": 3, "paused": 4, "active": 9},
     )
     metrics = make(sums, [State("mqtt", True, None, 8)], letters=11, size=4096)
     expected = {
@@ -220,7 +224,9 @@ def test_what_the_ledger_knows_is_read_at_the_scrape():
         "in_doubt_usdc": 0.000004,
         "uncollectible_usdc": 0.000005,
         "reconciliation_difference_usdc": 0.000006,
-        "releases_in_doubt": 1,
+        "releases_in_doubt": 5,
+        "releases_escalated": 1,
+        "escrows_paused": 4,
         "settlement_lag_seconds": 1.5,
         "escrows_frozen": 2,
         "escrows_exhausted": 3,

@@ -127,9 +127,10 @@ function showFlow(status) {
 
 function showAttention(status) {
   const items = [
-    ...status.frozen.map((item) => ["frozen", item]),
-    ...status.in_doubt.map((item) => ["in doubt", item]),
+    ...status.frozen.map((item) => [item.state, item]),
+    ...status.in_doubt.filter((item) => item.state !== "escalated").map((item) => ["in doubt", item]),
     ...status.exhausted.map((item) => ["exhausted", item]),
+    ...status.paused.map((item) => [item.state, item]),
   ];
   at("attention-card").hidden = items.length === 0;
   at("attention").replaceChildren(

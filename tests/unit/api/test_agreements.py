@@ -37,7 +37,7 @@ async def test_an_agreement_that_used_more_than_is_left_is_exhausted(world):
         "-2.00",
         "2.00",
     )
-    assert shown["next"] == "meterd bind NEW_ESCROW --plan PLAN"
+    assert shown["next"] == "meterd bind NEW_ESCROW --plan stream"
 
 
 async def test_an_escrow_that_is_not_adopted_has_no_headroom_yet(make_world):
@@ -149,7 +149,7 @@ async def test_binding_again_changes_nothing(world):
 
     assert [answer.status for answer in answers] == [201, 200, 200]
     assert answers[0].json == answers[2].json
-    bound = [entry for entry in world.store.journal if entry.subject == "agr-7"]
+    bound = [entry for entry in world.store.entries if entry.subject == "agr-7"]
     assert [(entry.actor, entry.action) for entry in bound] == [("http", "agreement_bound")]
 
 
@@ -231,7 +231,7 @@ async def test_settling_asks_for_a_release_below_every_threshold(world):
 
     assert (answer.status, before, world.bookkeeper.due(account)) == (202, "", "asked")
     assert "esc_1" in world.bookkeeper.take_due()
-    assert world.store.journal[-1].detail == "end of the month"
+    assert world.store.entries[-1].detail == "end of the month"
 
 
 async def test_closing_begins_once_and_is_quiet_when_it_is_done(world):

@@ -29,6 +29,7 @@ CALLS = (
     ("POST", "/v1/dead-letters/replay", Scope.ADMIN),
     ("POST", "/v1/dead-letters/1/replay", Scope.ADMIN),
     ("DELETE", "/v1/dead-letters/1", Scope.ADMIN),
+    ("GET", "/v1/journal", Scope.ADMIN),
     ("GET", "/v1/plans", Scope.READ),
     ("GET", "/v1/status", Scope.READ),
     ("GET", "/healthz", None),
@@ -176,4 +177,4 @@ async def test_the_journal_names_the_token(make_world):
         "/v1/agreements/esc_1/freeze", {"reason": "a test"}, headers=bearer(TOKENS[Scope.ADMIN])
     )
 
-    assert (world.store.journal[-1].actor, world.store.journal[-1].detail) == ("admin", "a test")
+    assert (world.store.entries[-1].actor, world.store.entries[-1].detail) == ("admin", "a test")

@@ -112,7 +112,7 @@ async def test_throwing_away_wants_a_reason(letters):
     gone = await letters.call("DELETE", "/v1/dead-letters/2?reason=again")
 
     assert [answer.status for answer in (refused, by_body, by_query, gone)] == [400, 204, 204, 404]
-    assert [entry.action for entry in letters.store.journal[-2:]] == ["dead_letter_discarded"] * 2
+    assert [entry.action for entry in letters.store.entries[-2:]] == ["dead_letter_discarded"] * 2
     assert letters.bookkeeper.dead_letters == 1
 
 

@@ -51,7 +51,7 @@ async def test_a_person_resolves_a_doubt(doubtful, landed, status, released):
         "0.00",
     )
     assert release["status"] == status
-    assert doubtful.store.journal[-1].detail == "asked the service"
+    assert doubtful.store.entries[-1].detail == "asked the service"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,14 @@ async def test_only_an_open_release_can_be_resolved(doubtful, release_id):
     assert (await doubtful.post(f"/v1/releases/{release_id}/resolve", body)).status == 404
 
 
-async def test_status_shows_the_doubt_and_the_command(doubtful):
-    """What is in doubt is listed with what to type."""
+async def test_status_shows_the_doubt_and_when_it_ends(doubtful):
+    """What resolves itself is listed with a command that looks, and none that decides."""
     status = (await doubtful.get("/v1/status")).json
+    [listed] = status["in_doubt"]
 
     assert (status["totals"]["in_doubt"], status["releases_in_doubt"]) == ("0.002", 1)
-    assert status["in_doubt"][0]["next"] == "meterd resolve rel_2 --landed|--absent --reason TEXT"
+    assert (listed["state"], listed["amount"]) == ("in_doubt", "0.002")
+    assert "release rel_2: told so" in listed["reason"]
+    assert "if none does, it is given up and paid anew in" in listed["reason"]
+    assert listed["next"] == "meterd releases esc_1"
+    assert status["needs_a_person"] is False

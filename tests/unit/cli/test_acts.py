@@ -62,6 +62,68 @@ def test_an_act_is_one_call_of_the_api(
     ]
 
 
+ITEM = {
+    "id": "agr-1",
+    "state": "frozen",
+    "reason": "somebody else released",
+    "accrued": "0.05",
+    "released": "0.024",
+    "unsettled": "0.026",
+    "escrows": [{"id": "esc_1", "released": "0.024", "expected": "0.02"}],
+}
+OPEN = {
+    "id": "rel_1",
+    "escrow": "esc_1",
+    "amount": "0.02",
+    "status": "in_doubt",
+    "history": [{"detail": "no answer"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["close", "agr-1", *WHY], ["0.05", "0.026", "closed for good"]),
+        (["resume", "agr-1", *WHY], ["shows 0.024 USDC", "knows of 0.02", "0.004 beyond", "0.026"]),
+        (["resolve", "rel_1", "--landed", *WHY], ["0.02", "no answer", "you have lost"]),
+        (["resolve", "rel_1", "--absent", *WHY], ["esc_1", "pays it twice"]),
+    ],
+)
+def test_a_dry_run_shows_what_an_act_would_do_and_does_nothing(
+    daemon, arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its sums, so that a mistake is seen before it costs something."""
+    daemon.answer("GET", "/v1/agreements/agr-1", ITEM)
+    daemon.answer("GET", "/v1/releases", {"items": [OPEN], "next": None})
+    code = main([*arguments, "--dry-run"])
+    shown = capsys.readouterr().out
+
+    assert code == 0
+    assert [part for part in said if part not in shown] == []
+    assert {one.method for one in daemon.asked} == {"GET"}
+
+
+def test_a_dry_run_tells_what_a_service_that_shows_less_costs(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is taken as lost may be paid again: with the amount."""
+    less = {**ITEM, "escrows": [{"id": "esc_1", "released": "0.01", "expected": "0.02"}]}
+    daemon.answer("GET", "/v1/agreements/agr-1", less)
+    code = main(["resume", "agr-1", "--dry-run", *WHY])
+
+    assert (code, "0.01 that it lacks" in capsys.readouterr().out) == (0, True)
+
+
+def test_a_dry_run_of_a_release_that_is_not_open_says_so(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails as the act would."""
+    daemon.answer("GET", "/v1/releases", {"items": [OPEN], "next": None})
+    code = main(["resolve", "rel_2", "--absent", "--dry-run", *WHY])
+
+    assert (code, "meterd releases" in capsys.readouterr().err) == (1, True)
+
+
 def test_a_refused_act_fails_with_the_daemons_sentence(
     daemon, capsys: pytest.CaptureFixture[str]
 ) -> None:

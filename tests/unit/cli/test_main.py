@@ -14,7 +14,7 @@ COMMANDS = (
     "run", "demo", "sandbox", "check", "version", "config", "config example", "config schema",
     "status", "agreements", "releases", "dead-letters", "dead-letters replay",
     "dead-letters discard", "bind", "settle", "close", "freeze", "resume", "resolve", "emit",
-    "replay",
+    "replay", "journal", "verify", "backup",
 )  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["no-such-command"],
         ["status", "--no-such-option"],
         ["freeze", "agr-1"],
+        ["resume", "agr-1"],
+        ["close", "agr-1"],
         ["resolve", "rel_1", "--reason", "seen"],
         ["dead-letters", "replay"],
         ["dead-letters", "replay", "1", "--all"],

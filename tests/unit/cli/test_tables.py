@@ -21,8 +21,10 @@ def status(**flow: Any) -> dict[str, Any]:
             "last_event_at": "2026-11-23T12:00:09.500Z",
             "last_release_at": None,
             "settlement_lag_s": 0,
+            "next": "",
             **flow,
         },
+        "needs_a_person": flow.get("word") == "needs_a_person",
         "totals": {
             "accrued": "12.000000000001",
             "released": "11.99",
@@ -38,6 +40,7 @@ def status(**flow: Any) -> dict[str, Any]:
         "frozen": [],
         "in_doubt": [],
         "exhausted": [],
+        "paused": [],
         "sources": [
             {
                 "name": "edge",
@@ -59,6 +62,7 @@ def status(**flow: Any) -> dict[str, Any]:
 FROZEN = {
     "agreement": "agr-1",
     "escrow": "esc_1",
+    "state": "frozen",
     "reason": "foreign_release: 1.00 more was released",
     "amount": "0.00",
     "next": "meterd resume agr-1 --reason TEXT",
@@ -108,11 +112,91 @@ def test_status_as_json_is_the_daemons_own_document(
     daemon, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Programs get all of it, money as the strings that it is; the exit code is the same."""
-    document = {**status(), "frozen": [FROZEN]}
+    document = {**status(word="needs_a_person"), "frozen": [FROZEN]}
     daemon.answer("GET", "/v1/status", document)
     code = main(["status", "--json"])
 
     assert (code, json.loads(capsys.readouterr().out)) == (3, document)
+
+
+def trouble(state: str, agreement: str, amount: str, command: str) -> dict[str, str]:
+    return {
+        "agreement": agreement,
+        "escrow": f"esc_{agreement}",
+        "state": state,
+        "reason": f"why {agreement} is {state}",
+        "amount": amount,
+        "next": command,
+    }
+
+
+def test_status_shows_each_trouble_with_its_cost_and_a_command_in_one_piece(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each agreement once, the gravest last, next to where the next command is typed."""
+    resolve = "meterd resolve rel_0123456789abcdef01234567 --landed|--absent --reason TEXT"
+    found = {
+        **status(word="needs_a_person"),
+        "frozen": [
+            trouble("escalated", "a", "0.30", resolve),
+            trouble("late", "b", "0.40", "meterd resume b --reason TEXT"),
+        ],
+        "in_doubt": [
+            trouble("escalated", "a", "0.10", resolve),
+            trouble("in_doubt", "c", "0.20", "meterd releases c"),
+        ],
+        "paused": [trouble("paused", "d", "0.00", "meterd check --live")],
+    }
+    daemon.answer("GET", "/v1/status", found)
+    code = main(["status"])
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith(("escalated", "late", "in_doubt", "paused"))]
+
+    assert code == 3
+    assert sorted(shown[:2]) == [
+        "in_doubt c  0.20 USDC may or may not be paid",
+        "paused d",
+    ]
+    assert sorted(shown[2:]) == [
+        "escalated a  0.10 USDC may or may not be paid",
+        "late b  0.40 USDC landed late",
+    ]
+    assert f"  > {resolve}" in lines
+    assert lines.count("  why a is escalated") == 1
+
+
+def test_status_says_what_helps_when_nothing_is_released_anywhere(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second line is the next step."""
+    blocked = status(word="blocked", blocked="the key is refused", next="meterd check --live")
+    daemon.answer("GET", "/v1/status", {**blocked, "needs_a_person": True})
+    code = main(["status"])
+
+    assert code == 3
+    assert capsys.readouterr().out.splitlines()[1].rstrip() == "Next: meterd check --live"
+
+
+def test_the_journal_shows_who_did_what_and_why(daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each act; for programs as the daemon has it; a limit says that there is more."""
+    entry = {
+        "number": 7,
+        "at": "2026-11-23T12:00:00.000Z",
+        "actor": "admin",
+        "action": "escrow_frozen",
+        "subject": "esc_1",
+        "detail": "odd \x1b[31musage",
+        "hash": "00" * 32,
+    }
+    daemon.answer("GET", "/v1/journal", {"items": [entry], "next": "7"})
+    codes = main(["journal", "--limit", "1"]), main(["journal", "--limit", "1", "--json"])
+    said = capsys.readouterr()
+
+    assert codes == (0, 0)
+    assert all(part in said.out for part in ("admin", "escrow_frozen", "esc_1", "12:00:00"))
+    assert "\x1b[31m" not in said.out
+    assert "meterd journal --limit 10" in said.err
+    assert daemon.asked[0].target == "/v1/journal?limit=1"
 
 
 AGREEMENT = {
@@ -192,7 +276,7 @@ def test_releases_show_the_last_word_of_their_history(
     assert daemon.asked[0].target == "/v1/releases?limit=50&agreement=agr-1&status=in_doubt"
 
 
-@pytest.mark.parametrize("command", ["agreements", "releases", "dead-letters"])
+@pytest.mark.parametrize("command", ["agreements", "releases", "dead-letters", "journal"])
 def test_an_empty_list_says_so(daemon, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is shown as nothing, in a sentence; for programs as an empty list."""
     daemon.answer("GET", f"/v1/{command}", {"items": [], "next": None})

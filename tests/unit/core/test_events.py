@@ -78,6 +78,8 @@ QUANTITIES = {
     "-Infinity": (b"-Infinity", "malformed"),
     '"NaN"': (b'"NaN"', "bad_quantity"),
     '"sNaN"': (b'"sNaN"', "bad_quantity"),
+    "text that is no UTF-8": (b'"\xa4"', "bad_quantity"),
+    "escaped digit": (b'"1\\u0030"', ""),
     "1e400": (b"1e400", "bad_quantity"),
     "1e999999999": (b"1e999999999", "bad_quantity"),
     '"1e1000000"': (b'"1e1000000"', "bad_quantity"),

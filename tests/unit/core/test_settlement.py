@@ -216,6 +216,30 @@ def test_escrow_is_not_adopted_when_its_readings_are_not_two_equal_ones_apart(dr
     assert "adopting" in case.ask(100).blocked
 
 
+@pytest.mark.parametrize("word", ["refunded", "expired", "released", "cancelled"])
+@pytest.mark.parametrize(("owed", "alarms"), [(0, []), (7, ["uncollectible"])])
+def test_escrow_that_ended_before_it_was_adopted_is_closed(word, owed, alarms):
+    """Two equal readings apart say so; usage that will never be paid is told to a person."""
+    case = Case(owed=owed).read(0, status=word)
+    assert (ADOPTING, None) == case.status
+    case.later(9).read(0, status=word)
+    assert (ADOPTING, None) == case.status
+    case.later(1).read(0, status=word)
+
+    assert (CLOSED, None) == case.status
+    assert f"it ended before it was adopted: the service says '{word}'" == case.state.reason
+    assert alarms == case.alarms
+
+
+def test_escrow_that_once_seemed_ended_is_still_adopted():
+    """One reading of it may have come from a confused replica: both ways need two."""
+    case = Case().read(0, status="expired").later(10).read(0).later(10).read(0)
+    assert (ACTIVE, None) == case.status
+
+    case = Case().read(0).later(10).read(0, status="expired")
+    assert (ADOPTING, None) == case.status
+
+
 @pytest.mark.parametrize(
     "flaw",
     [
@@ -224,6 +248,9 @@ def test_escrow_is_not_adopted_when_its_readings_are_not_two_equal_ones_apart(dr
         {"remaining": 5},
         {"provider": "thief"},
         {"total": -5, "remaining": -5},
+        {"released": -1, "remaining": TOTAL + 1},
+        {"remaining": -1, "refunded": TOTAL + 1},
+        {"remaining": TOTAL + 1, "refunded": -1},
     ],
 )
 def test_escrow_is_frozen_when_two_readings_apart_have_the_same_flaw(flaw):
@@ -231,10 +258,11 @@ def test_escrow_is_frozen_when_two_readings_apart_have_the_same_flaw(flaw):
     rules = replace(RULES, provider="prov")
     for case in (Case(rules), adopted(rules=rules)):
         before = case.state.status
-        case.read(0, **flaw).later(9).read(0, **flaw)
+        shown = {"released": 0, **flaw}
+        case.read(**shown).later(9).read(**shown)
         assert (before, None) == case.status
         assert case.ask(100).blocked
-        case.later(1).read(0, **flaw)
+        case.later(1).read(**shown)
 
         assert (FROZEN, None) == case.status
         assert ["escrow_frozen"] == case.alarms
@@ -426,6 +454,7 @@ def test_confirmed_release_needs_a_new_reading_and_its_pace_before_the_next():
         (AnswerKind.DECLINED, FROZEN, "escrow_frozen"),
         (AnswerKind.MISSING, PAUSED, "release_missing"),
         (AnswerKind.KEY_REFUSED, PAUSED, "release_key_refused"),
+        (AnswerKind.FORBIDDEN, PAUSED, "release_forbidden"),
         (AnswerKind.EMPTY, ACTIVE, None),
         (AnswerKind.LIMITED, ACTIVE, None),
     ],
@@ -440,6 +469,15 @@ def test_documented_refusal_gives_the_amount_back(kind, status, alarm):
     assert ([] if alarm is None else [alarm]) == case.alarms
     if status is PAUSED:
         assert (ACTIVE, None) == case.read(0).status
+
+
+def test_release_that_was_forbidden_waits_for_its_own_escrow_alone():
+    """Ten seconds at least: a right is given by a person, and not sooner for being asked more."""
+    case = sent().answer(AnswerKind.FORBIDDEN).later(9.9).read(0)
+    assert "paced" in case.ask(100).blocked
+
+    case.later(0.1).read(0).ask(100)
+    assert ReleaseStatus.INTENDED is case.last
 
 
 def test_conflict_answer_is_decided_by_a_reading():
@@ -778,7 +816,7 @@ def test_foreign_release_freezes():
     case = _twice(adopted(owed=100), 40)
 
     assert (FROZEN, None) == case.status
-    assert "somebody else released: 40 micros" in case.state.reason
+    assert "somebody else released: 0.00004 USDC more" in case.state.reason
     case.do(Resume("it was me"))
     assert ((ACTIVE, None), 40, 60) == (
         case.status,
@@ -810,7 +848,7 @@ def test_overpaid_escrow_is_frozen_with_the_amount(credit):
     case = _twice(adopted(5, owed=30, rules=replace(RULES, credit_foreign=credit)), 45)
 
     assert FROZEN is case.state.status
-    assert "overpaid by 10 micros" in case.state.reason
+    assert "overpaid by 0.00001 USDC" in case.state.reason
 
 
 def test_surplus_that_is_gone_at_the_second_sight_was_none():

@@ -182,7 +182,7 @@ RELEASE_ROWS: tuple[tuple[int, Any, AnswerKind, int | None, int | None], ...] = 
     (422, ERROR, AnswerKind.DECLINED, None, None),
     (402, ERROR, AnswerKind.EMPTY, None, None),
     (404, ERROR, AnswerKind.MISSING, None, None),
-    (403, ERROR, AnswerKind.KEY_REFUSED, None, None),
+    (403, ERROR, AnswerKind.FORBIDDEN, None, None),
     (409, ERROR, AnswerKind.CONFLICT, None, None),
     (400, {"error": "only a code"}, AnswerKind.DECLINED, None, None),
     (400, {"error": {"code": "x", "message": "y"}}, AnswerKind.DECLINED, None, None),

@@ -249,7 +249,7 @@ def test_first_debit_of_all_is_confirmed_by_its_level():
     [
         (400, AnswerKind.DECLINED),
         (402, AnswerKind.EMPTY),
-        (403, AnswerKind.KEY_REFUSED),
+        (403, AnswerKind.FORBIDDEN),
         (404, AnswerKind.MISSING),
         (409, AnswerKind.CONFLICT),
         (429, AnswerKind.LIMITED),
