@@ -5,13 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from meterd.core.settlement import AnswerKind, Reading, Release, ReleaseStatus
+from meterd.core.settlement import (
+    WALLET,
+    Answered,
+    AnswerKind,
+    Due,
+    Escrow,
+    Go,
+    Observed,
+    Reading,
+    Release,
+    ReleaseStatus,
+    Rules,
+    step,
+)
 from meterd.errors import Refused
 from meterd.escrow.outcomes import Unread
 from meterd.escrow.wallet import WalletApi, WalletClient, WalletPaths
@@ -298,6 +311,57 @@ async def test_debit_below_the_minimum_is_declined_on_both_sides(here):
     assert careless.kind is AnswerKind.DECLINED
     assert "a debit is of at least 0.01" in careless.detail
     assert await here.paid() == []
+
+
+class Settlement:
+    """The state table on one wallet, with a clock that moves 20 s with each input."""
+
+    RULES = Rules(quarantine=30.0, observe_gap=0.0, send_deadline=3600.0, min_interval=0.0)
+
+    def __init__(self, here: World) -> None:
+        self.state = Escrow(here.payer, "agr", WALLET)
+        self._here = here
+        self._mono = 0.0
+
+    def _tell(self, event: Observed | Due | Go | Answered) -> None:
+        self.state, _ = step(self.state, event, self.RULES)
+
+    async def observe(self, times: int) -> None:
+        for _ in range(times):
+            self._mono += 20.0
+            reading = replace(await self._here.read(), mono=self._mono)
+            self._tell(Observed(reading, self._mono, 0, ASKED))
+
+    async def debit(self) -> None:
+        self._mono += 20.0
+        name = f"rel_{secrets.token_hex(8)}"
+        self._tell(Due(ASKED, "amount", name, 0, self._mono, 0))
+        self._tell(Go(self._mono, 0))
+        assert self.state.release is not None
+        answer = await self._here.client.debit(self.state.release)
+        self._tell(Answered(answer, self._mono, 0))
+
+
+@pytest.mark.parametrize("fault", ["error_500_after", "close_before", "land_late"])
+async def test_state_table_settles_a_wallet_as_an_escrow_and_pays_once(here, fault):
+    """Adopted by two readings, debited, in doubt, topped up: the level decides what is paid."""
+    settlement = Settlement(here)
+    await settlement.observe(3)
+    await here.fault(fault, call="debit", **({"seconds": 60} if fault == "land_late" else {}))
+    # 1. A debit gets lost in one way or another, and the payer tops up meanwhile.
+    await settlement.debit()
+    assert settlement.state.release is not None
+    await here.ask("POST", "/_wallet", {"agent_id": here.payer, "amount": "5"})
+    await here.ask("POST", "/_clock", {"advance_s": 61})
+    # 2. Readings decide; what is missing after that is asked for once more.
+    await settlement.observe(5)
+    assert settlement.state.release is None
+    if settlement.state.payable(ASKED):
+        await settlement.debit()
+
+    state = settlement.state
+    assert (state.status.value, state.settled, state.payable(ASKED)) == ("active", ASKED, 0)
+    assert await here.paid() == ["0.02"]
 
 
 async def test_answer_after_the_time_out_is_a_doubt(here):
