@@ -66,7 +66,7 @@ def change(store, n):
     status = ReleaseStatus.INTENDED if odd else ReleaseStatus.CONFIRMED
     release = Release(f"r{n - 1 + odd}", "e", 7, 0, status, "units", 0, 1, ())
     return Change(
-        counters=(CounterRow("a", "c", "m", (), n, n),),
+        counters=(CounterRow("a", "c", "m", (), n, n, number=1),),
         positions=(("s", str(n)),),
         marks=marks,
         escrows=(Escrow("e", "a", "main", settled=n),),

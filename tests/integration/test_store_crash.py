@@ -55,7 +55,7 @@ async def main(path, limit, last):
         number += 1
         marks = store.identities.add(digest("s", str(number)), [number], [number // 500])
         future = store.commit(Change(
-            counters=(CounterRow("a", "c", "m", (), number, number),),
+            counters=(CounterRow("a", "c", "m", (), number, number, number=1),),
             positions=(("s", str(number)),),
             marks=marks,
             journal=(JournalEntry(number, "a", "b", "c", "d"),),

@@ -170,7 +170,8 @@ async def test_binding_without_escrows_takes_the_agreements_id(world):
 
 
 CONFLICTS = {
-    "another escrow": ("/v1/agreements/esc_1", {"plan": "stream", "escrows": {"main": "esc_2"}}),
+    "another role": ("/v1/agreements/esc_1", {"plan": "stream", "escrows": {"base": "esc_1"}}),
+    "two roles": ("/v1/agreements/c", {"plan": "stream", "escrows": {"main": "a", "overage": "b"}}),
     "an escrow of another": (
         "/v1/agreements/new",
         {"plan": "stream", "escrows": {"main": "esc_1"}},
@@ -191,7 +192,7 @@ BAD_BINDINGS = {
     "no plan": {"payer": "x"},
     "unknown plan": {"plan": "gold"},
     "unknown member": {"plan": "stream", "price": "0.00"},
-    "two escrows": {"plan": "stream", "escrows": {"main": "a", "overage": "b"}},
+    "an unknown role": {"plan": "stream", "escrows": {"spare": "b"}},
     "no escrow": {"plan": "stream", "escrows": {}},
     "an escrow that is a path": {"plan": "stream", "escrows": {"main": "../x"}},
     "a payer of many characters": {"plan": "stream", "payer": "x" * 257},
@@ -226,10 +227,10 @@ async def test_settling_asks_for_a_release_below_every_threshold(world):
     """202: it has begun; the escrow is due now."""
     await world.post("/v1/events", usage(quantity=1000))
     account = world.bookkeeper.ledger.account("esc_1")
-    before = world.bookkeeper.due(account)
+    before = world.bookkeeper.due(account.escrow)
     answer = await world.post("/v1/agreements/esc_1/settle", {"reason": "end of the month"})
 
-    assert (answer.status, before, world.bookkeeper.due(account)) == (202, "", "asked")
+    assert (answer.status, before, world.bookkeeper.due(account.escrow)) == (202, "", "asked")
     assert "esc_1" in world.bookkeeper.take_due()
     assert world.store.entries[-1].detail == "end of the month"
 

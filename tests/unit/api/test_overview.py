@@ -3,7 +3,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from meterd.api import Overview
-from meterd.api.overview import SLICE, balance, state_word
+from meterd.api.overview import SLICE, balance, spokesman, state_word
 from meterd.core.ledger import Agreement
 from meterd.core.settlement import AnswerKind, Observed
 from tests.fakes import NOW_MS, reading_of
@@ -28,16 +28,16 @@ async def test_the_sums_are_the_sums_of_the_agreements(make_world):
     await many(world, 6)
     figures = await Overview(world.bookkeeper).refresh()
     ledger = world.bookkeeper.ledger
-    pairs = [(account, ledger.escrows[account.escrow]) for account in ledger.accounts.values()]
-    balances = [balance(account, escrow) for account, escrow in pairs]
+    accounts = list(ledger.accounts.values())
+    balances = [balance(ledger, account) for account in accounts]
 
-    assert figures.accrued == sum((account.accrued for account, _ in pairs), Fraction(0))
+    assert figures.accrued == sum((account.accrued for account in accounts), Fraction(0))
     assert figures.released == sum(money.released for money in balances)
     assert figures.unsettled == sum(money.unsettled for money in balances)
     assert figures.in_doubt == sum(money.in_doubt for money in balances) > 0
     assert figures.uncollectible == sum(money.uncollectible for money in balances) > 0
     assert figures.headroom == sum(max(0, money.headroom or 0) for money in balances) > 0
-    words = [state_word(escrow, balance(account, escrow)) for account, escrow in pairs]
+    words = [state_word(spokesman(ledger, one), balance(ledger, one)) for one in accounts]
     assert figures.states == {word: words.count(word) for word in set(words)}
     assert {"active", "frozen", "exhausted"} <= set(words)
 

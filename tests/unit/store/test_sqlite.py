@@ -56,7 +56,8 @@ def letter(number: int, **changes) -> DeadLetter:
 
 
 def counter(**changes) -> CounterRow:
-    return replace(CounterRow("a", "card", "tokens", (("kind", "in"),), 10**24, 3), **changes)
+    row = CounterRow("a", "card", "tokens", (("kind", "in"),), 10**24, 3, number=1)
+    return replace(row, **changes)
 
 
 def entry(detail: str = "d") -> JournalEntry:
@@ -239,7 +240,7 @@ async def test_settings_are_those_that_durability_rests_on(tmp_path):
 async def test_state_comes_back_as_it_was_written(tmp_path):
     """Every row, with numbers far beyond 64 bits and exact thirds, is the same after a reopen."""
     rows = Change(
-        counters=(counter(), counter(meter="calls", dimensions=(), quantity=0)),
+        counters=(counter(), counter(meter="calls", dimensions=(), quantity=0, number=2)),
         positions=(("redis", "17-0"), ("mqtt", "é\x00x")),
         dead_letters=(letter(1), letter(2)),
         releases=(release(units=10**24, before=2**80),),
@@ -256,7 +257,7 @@ async def test_state_comes_back_as_it_was_written(tmp_path):
         State(
             cards=list(BASE.cards),
             agreements=[agreement()],
-            counters=[counter(meter="calls", dimensions=(), quantity=0), counter()],
+            counters=[counter(meter="calls", dimensions=(), quantity=0, number=2), counter()],
             escrows=[replace(wide, release=rows.releases[0])],
             positions=dict(rows.positions),
             dead_letters=2,
@@ -302,14 +303,19 @@ async def test_later_rows_supersede_earlier_ones_in_one_commit_and_in_several(tm
 
 
 NUMBERS = st.integers(0, 10**25)
+KEYS = [
+    (meter, dimensions)
+    for meter in ("tokens", "calls")
+    for dimensions in ((), (("kind", "in"),), (("kind", "out"), ("model", "é")))
+]
 COUNTERS = st.builds(
-    CounterRow,
-    st.just("a"),
-    st.just("card"),
-    st.sampled_from(["tokens", "calls"]),
-    st.sampled_from([(), (("kind", "in"),), (("kind", "out"), ("model", "é"))]),
+    lambda place, quantity, events, amount: CounterRow(
+        "a", "card", *KEYS[place], quantity, events, amount=amount, number=place + 1
+    ),
+    st.integers(0, len(KEYS) - 1),
     NUMBERS,
     st.integers(0, 2**40),
+    NUMBERS,
 )
 CHANGES = st.builds(
     Change,
