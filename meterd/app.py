@@ -306,6 +306,8 @@ async def _open_books(
         positions=state.positions,
         dead_letters=state.dead_letters,
         dead_letter_next=state.dead_letter_next,
+        voids=state.voids,
+        void_next=state.void_next,
     )
     _check_agreements(ledger, ledger.plans, settings)
     await bookkeeper.start()
@@ -371,6 +373,7 @@ class Daemon:
                 side = [
                     group.create_task(self._settler.run(), name="settler"),
                     group.create_task(self._tidy(), name="tidy"),
+                    group.create_task(self._bookkeeper.take_back_voided(), name="voids"),
                     group.create_task(self._intake.watch_lag(LAG_INTERVAL_S), name="lag"),
                     group.create_task(self._failure(), name="failure"),
                 ]

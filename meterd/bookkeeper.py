@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +25,23 @@ from meterd.core.changes import (
     DeadLetter,
     JournalEntry,
     MarkBlock,
+    Taken,
+    TakenBlock,
+    VoidRow,
 )
 from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
-from meterd.core.ledger import HOUR_MS, Account, Agreement, Conflict, Entry, Ledger, contents
+from meterd.core.ledger import (
+    HOUR_MS,
+    VOID_TYPE,
+    Account,
+    Agreement,
+    Conflict,
+    Entry,
+    Ledger,
+    ResolvedBatch,
+    Touched,
+    contents,
+)
 from meterd.core.meters import Meter
 from meterd.core.plans import AtClose, Plan
 from meterd.core.settlement import (
@@ -55,6 +70,9 @@ from meterd.logs import get_logger
 from meterd.sources import Deliveries
 
 log = get_logger(__name__)
+
+# No source is named so: control characters are refused. Marks an event that was taken back.
+_VOIDED = "\x01voided"
 
 
 class Clock(Protocol):
@@ -97,6 +115,9 @@ class Store(Protocol):
     async def dead_letter(self, number: int) -> DeadLetter | None:
         """Find one dead letter."""
 
+    async def find_taken(self, digest: bytes) -> list[Taken]:
+        """Find what the event of an identity added; more than one: it cannot be told which."""
+
     async def backup(self, path: Path) -> None:
         """Copy everything into a new file, as of one moment. Raises `Refused`."""
 
@@ -138,6 +159,16 @@ class Identities(Protocol):
         self, digests: bytes, prints: Sequence[int], buckets: Sequence[int]
     ) -> tuple[MarkBlock, ...]:
         """Remember identities; the blocks are what the same commit must hold."""
+
+    def pack(
+        self,
+        bucket: int,
+        digests: bytes,
+        counters: Sequence[int],
+        quantities: Sequence[int],
+        extras: Mapping[int, tuple[int, str]],
+    ) -> tuple[TakenBlock, ...]:
+        """Pack what events added; by place, `extras` are an amount and a sample's key."""
 
     def expire(self, bucket_min: int) -> bool:
         """Forget the hours before; whether there was anything to forget."""
@@ -187,6 +218,8 @@ class Bookkeeper:
         positions: Mapping[str, str],
         dead_letters: int,
         dead_letter_next: int,
+        voids: Sequence[VoidRow] = (),
+        void_next: int = 1,
     ) -> None:
         self.ledger = ledger
         self.store = store
@@ -208,6 +241,9 @@ class Bookkeeper:
         self._window_ms = window_ms
         self._dead_letter_next = dead_letter_next
         self._letters_lock = asyncio.Lock()
+        self._voids = deque(voids)
+        self._void_next = void_next
+        self._voids_changed = asyncio.Event()
 
     # -- Deliveries
     # ------------------------------------------------------------------------------------------
@@ -234,12 +270,21 @@ class Bookkeeper:
         digests = [digest(event.source, event.id) for event in resolved.events]
         prints = [fingerprint(content) for content in contents(resolved.events)]
         known = self._identities.find(b"".join(digests))
+        voided = self._look_up_voids(resolved, digests) if resolved.special else {}
         # 3. Decide and apply.
         entry = self.ledger.decide(resolved, digests, prints, known)
         buckets = resolved.buckets
         if replaces is not None:
             buckets = [now // HOUR_MS] * len(buckets)
         marks = self._mark(entry, digests, prints, buckets)
+        taken = self._take(resolved, entry, digests, now // HOUR_MS)
+        voids = self._void(entry, voided, now)
+        if voids:
+            marks += self._identities.add(
+                b"".join(voided[id(event)] for event in entry.voids),
+                [0] * len(voids),
+                [now // HOUR_MS] * len(voids),
+            )
         touched = self.ledger.apply(entry, now)
         received = len(deliveries.payloads)
         if entry.accepted + entry.duplicates + len(entry.rejections) != received:
@@ -255,6 +300,8 @@ class Bookkeeper:
         change = replace(
             touched.change(),
             marks=marks,
+            taken=taken,
+            voids=voids,
             dead_letters=tuple(letters),
             dead_letters_gone=gone,
             positions=() if deliveries.position is None else ((source, deliveries.position),),
@@ -278,6 +325,36 @@ class Bookkeeper:
         if not digests:
             return ()
         return self._identities.add(b"".join(digests), prints, buckets)
+
+    def _take(
+        self, resolved: ResolvedBatch, entry: Entry, digests: Sequence[bytes], bucket: int
+    ) -> tuple[TakenBlock, ...]:
+        """Note what each accepted event added, so that it can be taken back."""
+        counters, quantities = resolved.counters, resolved.quantities
+        if entry.fresh is None and not resolved.amounts and not resolved.keys:
+            if not counters:
+                return ()
+            numbers = [counter.number for counter in counters if counter is not None]
+            return self._identities.pack(bucket, b"".join(digests), numbers, quantities, {})
+        chosen = [
+            place
+            for place, counter in enumerate(counters)
+            if counter is not None and (entry.fresh is None or entry.fresh[place])
+        ]
+        if not chosen:
+            return ()
+        extras = {
+            index: (resolved.amounts.get(place, 0), resolved.keys.get(place, ""))
+            for index, place in enumerate(chosen)
+            if place in resolved.amounts or place in resolved.keys
+        }
+        return self._identities.pack(
+            bucket,
+            b"".join(digests[place] for place in chosen),
+            [counters[place].number for place in chosen],  # type: ignore[union-attr]
+            [quantities[place] for place in chosen],
+            extras,
+        )
 
     def _letters(
         self,
@@ -311,6 +388,82 @@ class Bookkeeper:
                 )
             )
         return letters
+
+    # -- Events that are taken back ------------------------------------------------------------
+
+    def _look_up_voids(self, resolved: ResolvedBatch, digests: Sequence[bytes]) -> dict[int, bytes]:
+        """Refuse voids of what is not there; for the others, the mark that each leaves.
+
+        The mark is an identity of its own, so that an event is taken back once, whatever the ids of
+        the voids. Keyed by the event's object.
+        """
+        found: dict[int, bytes] = {}
+        earlier: set[bytes] = set()
+        for place, event in enumerate(resolved.events):
+            if event.type == VOID_TYPE:
+                target = self._identities.digest(event.source, event.voids)
+                mark = self._identities.digest(f"{event.source}{_VOIDED}", event.voids)
+                there, gone = self._identities.find(target + mark)
+                if there < 0 and target not in digests[:place]:
+                    why = f"no event {event.voids[:80]!r} of {event.source} is remembered"
+                    resolved.refused[resolved.indices[place]] = Reason.UNKNOWN_EVENT, why
+                elif gone >= 0 or mark in earlier:
+                    why = f"event {event.voids[:80]!r} was taken back already"
+                    resolved.refused[resolved.indices[place]] = Reason.UNKNOWN_EVENT, why
+                else:
+                    found[id(event)] = mark
+                    earlier.add(mark)
+        return found
+
+    def _void(self, entry: Entry, voided: Mapping[int, bytes], now: int) -> tuple[VoidRow, ...]:
+        """Number the accepted voids: each is durable before its event is looked for."""
+        rows = []
+        for event in entry.voids:
+            assert id(event) in voided, "a void without a mark has been refused"
+            rows.append(VoidRow(self._void_next, event.agreement, event.source, event.voids, now))
+            self._void_next += 1
+        if rows:
+            self._voids.extend(rows)
+            self._voids_changed.set()
+        return tuple(rows)
+
+    async def take_back_voided(self) -> None:
+        """Take the events of accepted voids back, for as long as the daemon runs.
+
+        What was paid for them already becomes a credit: the next releases are smaller.
+        """
+        while True:
+            while self._voids:
+                await self._take_back(self._voids[0])
+                self._voids.popleft()
+            self._voids_changed.clear()
+            await self._voids_changed.wait()
+
+    async def _take_back(self, void: VoidRow) -> None:
+        found = await self.store.find_taken(self._identities.digest(void.source, void.voids))
+        counter = self.ledger.counter(found[0].counter) if len(found) == 1 else None
+        now = self.clock.wall()
+        if counter is None or counter.account.agreement.id != void.agreement:
+            detail = (
+                f"event {void.voids[:80]!r} of {void.source} is not among this agreement's usage"
+            )
+            log.error(
+                f"Nothing was taken back: {detail}.",
+                action="void_failed",
+                agreement=void.agreement,
+                next=f"meterd agreements {void.agreement}",
+            )
+            self._facts.alarm("void_failed")
+            entry = self._journal("meterd", "void_failed", void.agreement, detail)
+            await self._durable(Change(voids_gone=(void.number,), journal=(entry,)))
+            return
+        touched = Touched()
+        one = found[0]
+        self.ledger.take_back(counter, one.quantity, one.amount, one.sample, touched)
+        entry = self._journal("meterd", "event_taken_back", void.agreement, void.voids)
+        change = replace(touched.change(), voids_gone=(void.number,), journal=(entry,))
+        await self._durable(change)
+        self._look(counter.account, now)
 
     def _commit(self, change: Change, deliveries: int = 0) -> asyncio.Future[None]:
         future = self.store.commit(change)

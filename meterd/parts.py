@@ -67,6 +67,7 @@ def rules_of(settings: Settings) -> Rules:
         voids_per_day=escrow.voids_per_day,
         release_max=escrow.release_max_micros,
         quantum=escrow.quantum_micros,
+        wallet_minimum=settings.wallet.minimum_micros,
         strict=escrow.strict,
         honoured=escrow.idempotency == "honoured",
         credit_foreign=escrow.on_foreign_release == "credit",

@@ -10,13 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meterd.bookkeeper import Bookkeeper, Facts
-from meterd.core.changes import AgreementRow, Change, DeadLetter, JournalEntry, MarkBlock
+from meterd.core.changes import (
+    AgreementRow,
+    Change,
+    DeadLetter,
+    JournalEntry,
+    MarkBlock,
+    Taken,
+    TakenBlock,
+)
 from meterd.core.events import EventDecoder
 from meterd.core.ledger import HOUR_MS, Entry, Ledger
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.plans import Pattern, Plan, Settle
 from meterd.core.pricing import Rate, RateCard
 from meterd.core.settlement import Escrow, Observed, Reading, Release, Rules
+from meterd.store import taken
 
 NOW_MS = 1_795_435_200_000  # 2026-11-23T12:00:00Z.
 WINDOW_MS = 72 * HOUR_MS
@@ -59,6 +68,7 @@ class FakeStore:
         self.agreements: dict[str, AgreementRow] = {}
         self.escrows: dict[str, Escrow] = {}
         self.entries: list[JournalEntry] = []
+        self.blocks: list[TakenBlock] = []
         self.letters: dict[int, DeadLetter] = {}
         self._releases: dict[str, Release] = {}
         self._held: list[tuple[Change, asyncio.Future[None]]] | None = None
@@ -77,6 +87,13 @@ class FakeStore:
     def fail(self, error: BaseException) -> None:
         """Make every further commit fail with this."""
         self._error = error
+
+    async def find_taken(self, digest: bytes) -> list[Taken]:
+        return [
+            one
+            for block in self.blocks
+            for one in taken.search(digest[:8], block.data, wide=block.wide)
+        ]
 
     async def backup(self, path: Path) -> None:
         """Write a file that is no database: what is in it is the real store's to test."""
@@ -107,6 +124,7 @@ class FakeStore:
         for number in change.dead_letters_gone:
             self.letters.pop(number, None)
         self.entries.extend(change.journal)
+        self.blocks.extend(change.taken)
         future.set_result(None)
 
     async def releases(
@@ -180,6 +198,16 @@ class FakeIdentities:
         for place, fingerprint in enumerate(prints):
             self._known[digests[place * 16 : place * 16 + 16]] = fingerprint
         return (MarkBlock(buckets[0], len(prints), digests),)
+
+    def pack(
+        self,
+        bucket: int,
+        digests: bytes,
+        counters: Sequence[int],
+        quantities: Sequence[int],
+        extras: Mapping[int, tuple[int, str]],
+    ) -> tuple[TakenBlock, ...]:
+        return taken.pack(bucket, digests, counters, quantities, extras)
 
     def expire(self, bucket_min: int) -> bool:
         return bucket_min < 0  # Nothing is ever forgotten.

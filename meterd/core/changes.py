@@ -58,6 +58,36 @@ class SampleRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TakenBlock:
+    """What the events of one hour's batch added, packed by `store.taken`."""
+
+    bucket: int  # Hours since the epoch.
+    wide: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one event added to one counter: nanos, 10^-21 USDC of a dynamic rate, a sample's key."""
+
+    counter: int  # Its number.
+    quantity: int
+    amount: int
+    sample: str
+
+
+@dataclass(frozen=True, slots=True)
+class VoidRow:
+    """An accepted `meterd.void` whose event is still to be taken back."""
+
+    number: int
+    agreement: str
+    source: str
+    voids: str  # The id of the event that is taken back.
+    at: int  # Wall ms.
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
     """Headroom set aside before the work is done, in micros. Key: id."""
 
@@ -125,6 +155,9 @@ class Change:
     holds: tuple[Hold, ...] = ()
     holds_gone: tuple[str, ...] = ()
     marks: tuple[MarkBlock, ...] = ()
+    taken: tuple[TakenBlock, ...] = ()
+    voids: tuple[VoidRow, ...] = ()
+    voids_gone: tuple[int, ...] = ()
     dead_letters: tuple[DeadLetter, ...] = ()
     dead_letters_gone: tuple[int, ...] = ()
     positions: tuple[tuple[str, str], ...] = ()  # (source, position)
@@ -143,6 +176,8 @@ class State:
     counters: list[CounterRow] = field(default_factory=list)
     samples: list[SampleRow] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
+    voids: list[VoidRow] = field(default_factory=list)
+    void_next: int = 1
     # With `release` (the open one) and `voids` filled in.
     escrows: list[Escrow] = field(default_factory=list)
     positions: dict[str, str] = field(default_factory=dict)

@@ -230,7 +230,7 @@ class Account:
 
 
 @dataclass(slots=True)
-class Resolved:
+class ResolvedBatch:
     """The events of a batch that may accrue, as parallel lists, and those that cannot.
 
     `quantities` in nanos; `buckets` are hours since the epoch. A counter of None marks a
@@ -816,7 +816,7 @@ class Ledger:
         source: str,
         oldest: int,
         now: int,
-    ) -> Resolved:
+    ) -> ResolvedBatch:
         """Find each event's counter and quantity. Pure but for its memory of spellings.
 
         `source` stands in for events that name none, `ids` for those without an id. Times in wall
@@ -824,7 +824,7 @@ class Ledger:
         The events are brought to one spelling (agreement, source, quantity), so that their content
         can be compared.
         """
-        found = Resolved()
+        found = ResolvedBatch()
         rejections = found.rejections
         remembered = self._resolved
         asked = self._asked
@@ -915,7 +915,12 @@ class Ledger:
         return found
 
     def _counter(
-        self, event: UsageEvent, key: tuple[str | None, ...], now: int, index: int, found: Resolved
+        self,
+        event: UsageEvent,
+        key: tuple[str | None, ...],
+        now: int,
+        index: int,
+        found: ResolvedBatch,
     ) -> Counter | Why | None:
         """Find or make the counter of an event, the slow way; None where it has none.
 
@@ -1022,7 +1027,7 @@ class Ledger:
 
     def decide(
         self,
-        resolved: Resolved,
+        resolved: ResolvedBatch,
         digests: Sequence[bytes],
         prints: Sequence[int],
         known: Sequence[int],
@@ -1094,7 +1099,7 @@ class Ledger:
         return entry
 
     def _without_counter(
-        self, resolved: Resolved, fresh: list[bool] | None
+        self, resolved: ResolvedBatch, fresh: list[bool] | None
     ) -> tuple[list[Account], list[UsageEvent]]:
         asking = zip(resolved.counters, resolved.events, strict=True)
         chosen = asking if fresh is None else compress(asking, fresh)
@@ -1194,7 +1199,7 @@ def _capacity(escrow: Escrow) -> int:
     return max(_paid(escrow), escrow.observed + escrow.remaining - escrow.baseline)
 
 
-def _out_of_turn(resolved: Resolved, place: int, reached: set[Counter]) -> Why | None:
+def _out_of_turn(resolved: ResolvedBatch, place: int, reached: set[Counter]) -> Why | None:
     """Say why a milestone or an outcome that is new comes at the wrong time; note that it came."""
     counter = resolved.counters[place]
     if counter is None or counter.meter.name not in ONCE:
@@ -1227,7 +1232,7 @@ def _measured(meter: Meter, event: UsageEvent) -> int:
 
 
 def _note_extras(
-    found: Resolved, counter: Counter, event: UsageEvent, quantity: int, now: int
+    found: ResolvedBatch, counter: Counter, event: UsageEvent, quantity: int, now: int
 ) -> Why | None:
     """Note an event's sample or its own price; why it cannot be taken, if so."""
     place, meter = len(found.events), counter.meter
@@ -1247,7 +1252,9 @@ def _note_extras(
     return None
 
 
-def _note_price(found: Resolved, counter: Counter, event: UsageEvent, quantity: int) -> Why | None:
+def _note_price(
+    found: ResolvedBatch, counter: Counter, event: UsageEvent, quantity: int
+) -> Why | None:
     """Note the amount of an event that brings its own price, which only some rates want."""
     if not counter.dynamic:
         detail = f"the plan has its own price for {counter.meter.name}; leave price out"
@@ -1263,7 +1270,7 @@ def _note_price(found: Resolved, counter: Counter, event: UsageEvent, quantity: 
     return None
 
 
-def _add_extras(entry: Entry, resolved: Resolved, fresh: list[bool] | None) -> None:
+def _add_extras(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None) -> None:
     for place, amount in resolved.amounts.items():
         counter = resolved.counters[place]
         if counter is not None and (fresh is None or fresh[place]):

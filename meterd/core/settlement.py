@@ -196,6 +196,7 @@ class Rules:
     voids_per_day: int = 1
     release_max: int = 1_000_000_000
     quantum: int = 1
+    wallet_minimum: int = 1  # Micros.
     strict: bool = False
     honoured: bool = False  # The service promises to honour idempotency keys.
     credit_foreign: bool = False
@@ -680,6 +681,8 @@ def _due(state: Escrow, event: Due, rules: Rules) -> Outcome:
         return state, (Blocked(blocked),)
     amount = min(state.payable(event.owed), rules.release_max, state.remaining)
     amount = amount // rules.quantum * rules.quantum
+    if state.refillable and amount < rules.wallet_minimum:
+        amount = 0  # A wallet's service takes no less, not even at the end.
     if amount <= 0:
         if state.closing:
             rest = state.unsettled(event.owed)

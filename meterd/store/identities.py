@@ -42,6 +42,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from meterd.core.changes import MarkBlock
 from meterd.errors import StoreCorrupt
+from meterd.store import taken
 
 DIGEST_BYTES = 16
 MARK_BYTES = 20  # Key, rest and fingerprint.
@@ -231,6 +232,7 @@ class Identities:
 
     digest = staticmethod(digest)
     fingerprint = staticmethod(fingerprint)
+    pack = staticmethod(taken.pack)
 
     def __init__(self, entries_max: int, bucket_min: int = 0) -> None:
         self.entries_max = entries_max

@@ -27,6 +27,7 @@ from meterd.core.changes import (
     JournalEntry,
     MarkBlock,
     SampleRow,
+    VoidRow,
 )
 from meterd.core.settlement import UNFINISHED, Escrow, EscrowStatus, Release, ReleaseStatus
 from meterd.store import identities
@@ -202,6 +203,22 @@ CREATE TABLE sample (
     PRIMARY KEY (counter, key)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE taken_block (
+    number INTEGER PRIMARY KEY,
+    bucket INTEGER NOT NULL CHECK (bucket >= 0),
+    wide INTEGER NOT NULL CHECK (wide IN (0, 1)),
+    data BLOB NOT NULL
+) STRICT;
+CREATE INDEX taken_block_of_bucket ON taken_block (bucket);
+
+CREATE TABLE void (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    source TEXT NOT NULL,
+    voids TEXT NOT NULL CHECK (voids <> ''),
+    at INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE hold (
     id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
     agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
@@ -211,7 +228,7 @@ CREATE TABLE hold (
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-"""
+"""  # noqa: S608  # Names of this file alone.
 
 # Each step leads from the version that is its place in this list to the next one. A step that has
 # been published is never changed: stores exist that went up by it.
@@ -257,6 +274,7 @@ _AGREEMENT = (
 )
 _COUNTER = "agreement card meter dimensions quantity events period amount number"
 _SAMPLE = "counter key quantity count"
+_VOID = "number agreement source voids at"
 _HOLD = "id agreement amount meter quantity created_at expires_at"
 _ESCROW = (
     "id agreement role status reason closing total baseline settled credited observed remaining"
@@ -272,6 +290,7 @@ _PUT_CARD = Upsert("card", "id text", "id", replace=False)
 _PUT_AGREEMENT = Upsert("agreement", _AGREEMENT, "id")
 _PUT_COUNTER = Upsert("counter", _COUNTER, "agreement period card meter dimensions")
 _PUT_SAMPLE = Upsert("sample", _SAMPLE, "counter key")
+_PUT_VOID = Upsert("void", _VOID, "number")
 _PUT_HOLD = Upsert("hold", _HOLD, "id")
 _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
@@ -282,6 +301,7 @@ _PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
 AGREEMENT_COLUMNS = _AGREEMENT.replace(" ", ", ")
 COUNTER_COLUMNS = _COUNTER.replace(" ", ", ")
 SAMPLE_COLUMNS = _SAMPLE.replace(" ", ", ")
+VOID_COLUMNS = _VOID.replace(" ", ", ")
 HOLD_COLUMNS = _HOLD.replace(" ", ", ")
 ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
@@ -311,6 +331,9 @@ class Rows:
     releases: dict[str, Release] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
     marks: dict[int, list[MarkBlock]] = field(default_factory=dict)
+    taken: dict[tuple[int, bool], list[bytes]] = field(default_factory=dict)
+    voids: dict[int, VoidRow] = field(default_factory=dict)
+    voids_gone: dict[int, None] = field(default_factory=dict)
     dead_letters: dict[int, DeadLetter] = field(default_factory=dict)
     dead_letters_gone: dict[int, None] = field(default_factory=dict)
     journal: list[JournalEntry] = field(default_factory=list)
@@ -324,7 +347,7 @@ class Rows:
             rows._add(change)
         return rows
 
-    def _add(self, change: Change) -> None:
+    def _add(self, change: Change) -> None:  # noqa: C901  # A line for each kind of row.
         for card in change.cards:
             self.cards[card.id] = card
         for agreement in change.agreements:
@@ -343,6 +366,10 @@ class Rows:
         for block in change.marks:
             if block.count:
                 self.marks.setdefault(block.bucket, []).append(block)
+        for taken in change.taken:
+            self.taken.setdefault((taken.bucket, taken.wide), []).append(taken.data)
+        self.voids.update({void.number: void for void in change.voids})
+        self.voids_gone.update(dict.fromkeys(change.voids_gone))
         for letter in change.dead_letters:
             # Put and gone in one commit, it is still written: its number must count as used.
             self.dead_letters[letter.number] = letter
@@ -376,13 +403,27 @@ class Rows:
             connection,
             [(first + n, block.bucket, block.count, block.data) for n, block in enumerate(blocks)],
         )
+        self._write_taken(connection)
         if self.marks_from is not None:
+            connection.execute("DELETE FROM taken_block WHERE bucket < ?", (self.marks_from,))
             connection.execute("DELETE FROM mark_block WHERE bucket < ?", (self.marks_from,))
             PUT_SETTING.put(connection, [("marks_from", self.marks_from)])
         heads = Heads(heads.marks + len(blocks), heads.journal, heads.journal_hash)
         if self.journal:
             self._write_journal(connection, heads)
         return heads
+
+    def _write_taken(self, connection: sqlite3.Connection) -> None:
+        for (bucket, wide), parts in self.taken.items():
+            # Narrow ones are rows of one size behind one another; each wide one is a document.
+            for data in parts if wide else [b"".join(parts)]:
+                connection.execute(
+                    "INSERT INTO taken_block (bucket, wide, data) VALUES (?, ?, ?)",
+                    (bucket, int(wide), data),
+                )
+        _PUT_VOID.put(connection, [_void(row) for row in self.voids.values()])
+        for number in self.voids_gone:
+            connection.execute("DELETE FROM void WHERE number = ?", (number,))
 
     def _write_journal(self, connection: sqlite3.Connection, heads: Heads) -> None:
         rows: list[Row] = []
@@ -450,6 +491,10 @@ def _counter(row: CounterRow) -> Row:
 
 def _sample(row: SampleRow) -> Row:
     return row.counter, _text(row.key), _number(row.quantity), row.count
+
+
+def _void(row: VoidRow) -> Row:
+    return row.number, row.agreement, _text(row.source), _text(row.voids), row.at
 
 
 def _hold(row: Hold) -> Row:
@@ -581,6 +626,12 @@ def sample_of(row: Sequence[object]) -> SampleRow:
     """Read back a sample, in the order of `SAMPLE_COLUMNS`."""
     counter, key, quantity, count = row
     return SampleRow(_int(counter), str(key), _int(quantity), _int(count))
+
+
+def void_of(row: Sequence[object]) -> VoidRow:
+    """Read back a void, in the order of `VOID_COLUMNS`."""
+    number, agreement, source, voids, at = row
+    return VoidRow(_int(number), str(agreement), str(source), str(voids), _int(at))
 
 
 def hold_of(row: Sequence[object]) -> Hold:

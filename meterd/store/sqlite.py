@@ -35,6 +35,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +46,7 @@ from meterd.core.changes import (
     JournalEntry,
     MarkBlock,
     State,
+    Taken,
 )
 from meterd.core.settlement import UNFINISHED, Escrow, Release
 from meterd.errors import (
@@ -55,7 +57,7 @@ from meterd.errors import (
     StoreFailed,
     StoreLocked,
 )
-from meterd.store import schema
+from meterd.store import schema, taken
 from meterd.store.identities import Identities, join
 from meterd.store.lock import DirectoryLock
 
@@ -314,6 +316,19 @@ class SqliteStore:
             return [Journalled(row[0], JournalEntry(*row[1:6]), row[6]) for row in rows]
 
         return await self._ask(query)
+
+    async def find_taken(self, digest: bytes) -> list[Taken]:
+        """Find what events of this identity added: one, unless two share the digest's first half.
+
+        Looks through the blocks, newest first, some at a time, so that commits go on in between.
+        """
+        found: list[Taken] = []
+        below: int | None = None
+        while True:
+            part, below = await self._ask(partial(_search_taken, digest[: taken.KEY_BYTES], below))
+            found += part
+            if below is None:
+                return found
 
     async def backup(self, path: Path) -> None:
         """Copy the whole store, as of one moment, into a new file. Commits wait meanwhile.
@@ -738,6 +753,21 @@ def _verify_journal(
     return heads
 
 
+TAKEN_BLOCKS_AT_ONCE = 2_000
+
+
+def _search_taken(
+    key: bytes, below: int | None, connection: sqlite3.Connection
+) -> tuple[list[Taken], int | None]:
+    """Search some blocks with numbers below; what was found, and where to go on, None: nowhere."""
+    rows = connection.execute(
+        "SELECT number, wide, data FROM taken_block WHERE number < ? ORDER BY number DESC LIMIT ?",
+        (2**62 if below is None else below, TAKEN_BLOCKS_AT_ONCE),
+    ).fetchall()
+    found = [one for _, wide, data in rows for one in taken.search(key, data, wide=bool(wide))]
+    return found, rows[-1][0] if len(rows) == TAKEN_BLOCKS_AT_ONCE else None
+
+
 def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state = State()
     execute = connection.execute
@@ -750,6 +780,10 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.samples = [schema.sample_of(row) for row in rows]
     rows = execute(f"SELECT {schema.HOLD_COLUMNS} FROM hold")  # noqa: S608
     state.holds = [schema.hold_of(row) for row in rows]
+    rows = execute(f"SELECT {schema.VOID_COLUMNS} FROM void ORDER BY number")  # noqa: S608
+    state.voids = [schema.void_of(row) for row in rows]
+    last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'void'").fetchone()
+    state.void_next = 1 if last is None else last[0] + 1
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
     (state.dead_letters,) = execute("SELECT count(*) FROM dead_letter").fetchone()
