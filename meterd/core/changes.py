@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from meterd.core.openings import Opening
 from meterd.core.settlement import Escrow, Release
 
 
@@ -163,6 +164,7 @@ class Change:
     positions: tuple[tuple[str, str], ...] = ()  # (source, position)
     escrows: tuple[Escrow, ...] = ()
     releases: tuple[Release, ...] = ()
+    openings: tuple[Opening, ...] = ()
     journal: tuple[JournalEntry, ...] = ()
     marks_from: int | None = None  # Forget identities of earlier hours.
 
@@ -180,6 +182,9 @@ class State:
     void_next: int = 1
     # With `release` (the open one) and `voids` filled in.
     escrows: list[Escrow] = field(default_factory=list)
+    # Those whose escrow is not bound: unfinished, absent, or locked a moment before a crash.
+    openings: list[Opening] = field(default_factory=list)
+    opened: frozenset[str] = frozenset()  # Agreements that meterd itself has locked an escrow for.
     positions: dict[str, str] = field(default_factory=dict)
     dead_letters: int = 0  # How many there are.
     dead_letter_next: int = 1

@@ -29,6 +29,7 @@ from meterd.core.changes import (
     SampleRow,
     VoidRow,
 )
+from meterd.core.openings import Opening, OpeningStatus
 from meterd.core.settlement import UNFINISHED, Escrow, EscrowStatus, Release, ReleaseStatus
 from meterd.store import identities
 
@@ -219,6 +220,33 @@ CREATE TABLE void (
     at INTEGER NOT NULL
 ) STRICT;
 
+CREATE TABLE opening (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE CHECK (id <> ''),
+    agreement TEXT NOT NULL,
+    plan TEXT NOT NULL,
+    payer TEXT NOT NULL,
+    role TEXT NOT NULL,
+    amount INTEGER NOT NULL CHECK (amount > 0),
+    provider TEXT NOT NULL,
+    hours INTEGER,
+    memo TEXT NOT NULL UNIQUE,
+    why TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ({_words(OpeningStatus)})),
+    created_at INTEGER NOT NULL,
+    changed_at INTEGER NOT NULL,
+    escrow TEXT NOT NULL CHECK ((escrow <> '') = (status = 'locked')),
+    detail TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX opening_unfinished ON opening (agreement, role)
+WHERE status IN ('intended', 'in_doubt');
+CREATE INDEX opening_by_status ON opening (status, number);
+CREATE TRIGGER opening_stays BEFORE UPDATE ON opening
+WHEN new.amount <> old.amount OR new.memo <> old.memo OR new.provider <> old.provider
+BEGIN SELECT RAISE(ABORT, 'an opening never changes what was asked for'); END;
+CREATE TRIGGER opening_kept BEFORE DELETE ON opening
+BEGIN SELECT RAISE(ABORT, 'an opening is never deleted'); END;
+
 CREATE TABLE hold (
     id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
     agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
@@ -281,6 +309,10 @@ _ESCROW = (
     " service_status provider deadline quarantine_factor units_settled settled_at refund"
 )
 _RELEASE = "id escrow amount before status why units created_at changed_at history"
+_OPENING = (
+    "id agreement plan payer role amount provider hours memo why status created_at changed_at"
+    " escrow detail"
+)
 _DEAD_LETTER = "number source event_id reason detail payload transport_id fields received_at"
 _JOURNAL = "number at actor action subject detail hash"
 
@@ -294,6 +326,7 @@ _PUT_VOID = Upsert("void", _VOID, "number")
 _PUT_HOLD = Upsert("hold", _HOLD, "id")
 _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
+_PUT_OPENING = Upsert("opening", _OPENING, "id")
 _PUT_DEAD_LETTER = Upsert("dead_letter", _DEAD_LETTER, "number")
 _PUT_POSITION = Upsert("position", "source position", "source")
 _PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
@@ -305,6 +338,7 @@ VOID_COLUMNS = _VOID.replace(" ", ", ")
 HOLD_COLUMNS = _HOLD.replace(" ", ", ")
 ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
+OPENING_COLUMNS = _OPENING.replace(" ", ", ")
 DEAD_LETTER_COLUMNS = _DEAD_LETTER.replace(" ", ", ")
 JOURNAL_COLUMNS = _JOURNAL.replace(" ", ", ")
 
@@ -329,6 +363,7 @@ class Rows:
     holds: dict[str, Hold | None] = field(default_factory=dict)  # None: gone.
     escrows: dict[str, Escrow] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
+    openings: dict[str, Opening] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
     marks: dict[int, list[MarkBlock]] = field(default_factory=dict)
     taken: dict[tuple[int, bool], list[bytes]] = field(default_factory=dict)
@@ -362,6 +397,7 @@ class Rows:
             self.escrows[escrow.id] = escrow
         for release in change.releases:
             self.releases[release.id] = release
+        self.openings.update({opening.id: opening for opening in change.openings})
         self.positions.update(change.positions)
         for block in change.marks:
             if block.count:
@@ -393,6 +429,7 @@ class Rows:
         # What is finished goes first: it may make room for the escrow's next one.
         by_state = sorted(self.releases.values(), key=lambda row: row.status in UNFINISHED)
         _PUT_RELEASE.put(connection, [_release(row) for row in by_state])
+        _PUT_OPENING.put(connection, [_opening(row) for row in self.openings.values()])
         _PUT_POSITION.put(connection, list(self.positions.items()))
         _PUT_DEAD_LETTER.put(connection, [_dead_letter(row) for row in self.dead_letters.values()])
         for number in self.dead_letters_gone:
@@ -549,6 +586,26 @@ def _release(row: Release) -> Row:
     )
 
 
+def _opening(row: Opening) -> Row:
+    return (
+        row.id,
+        row.agreement,
+        row.plan,
+        _text(row.payer),
+        row.role,
+        row.amount,
+        row.provider,
+        row.hours,
+        _text(row.memo),
+        row.why,
+        row.status.value,
+        row.created_at,
+        row.changed_at,
+        row.escrow,
+        _text(row.detail),
+    )
+
+
 def _dead_letter(row: DeadLetter) -> Row:
     return (
         row.number,
@@ -689,6 +746,29 @@ def release_of(row: Sequence[object]) -> Release:
         units=_int(units),
         created_at=_int(created_at),
         history=_history.decode(str(history)),
+    )
+
+
+def opening_of(row: Sequence[object]) -> Opening:
+    """Read back an opening, in the order of `OPENING_COLUMNS`."""
+    id_, agreement, plan, payer, role, amount, provider, hours, *rest = row
+    memo, why, status, created_at, changed_at, escrow, detail = rest
+    return Opening(
+        id=str(id_),
+        agreement=str(agreement),
+        plan=str(plan),
+        payer=str(payer),
+        role=str(role),
+        amount=_int(amount),
+        provider=str(provider),
+        hours=None if hours is None else _int(hours),
+        memo=str(memo),
+        why=str(why),
+        status=OpeningStatus(str(status)),
+        created_at=_int(created_at),
+        changed_at=_int(changed_at),
+        escrow=str(escrow),
+        detail=str(detail),
     )
 
 

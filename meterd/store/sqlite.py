@@ -786,10 +786,22 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.void_next = 1 if last is None else last[0] + 1
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
+    state.openings, state.opened = _openings(connection)
     (state.dead_letters,) = execute("SELECT count(*) FROM dead_letter").fetchone()
     last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead_letter'").fetchone()
     state.dead_letter_next = 1 if last is None else last[0] + 1
     return state
+
+
+def _openings(connection: sqlite3.Connection) -> tuple[list[Opening], frozenset[str]]:
+    """Those whose escrow nothing draws on yet, and the agreements that have had one locked."""
+    unbound = connection.execute(
+        f"SELECT {schema.OPENING_COLUMNS} FROM opening WHERE status IN ('intended', 'in_doubt',"  # noqa: S608
+        " 'absent') OR (status = 'locked' AND escrow NOT IN (SELECT id FROM escrow))"
+        " ORDER BY number"
+    )
+    opened = connection.execute("SELECT DISTINCT agreement FROM opening WHERE status = 'locked'")
+    return [schema.opening_of(row) for row in unbound], frozenset(name for (name,) in opened)
 
 
 def _escrows(connection: sqlite3.Connection, now_ms: int) -> list[Escrow]:

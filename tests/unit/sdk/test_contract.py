@@ -254,6 +254,12 @@ def test_release_is_done_where_the_answer_shows_it_and_else_says_what_is_known(
         assert told == ("release_partial", "esc_1", D("0.10"), "rel_1")
 
 
+def test_doubt_about_a_total_says_how_it_can_be_believed() -> None:
+    """Who reads the error learns of the parameter."""
+    with pytest.raises(InDoubt, match="hand over released_before"):
+        release().read(came(SHOWN))
+
+
 ENDED = SHOWN | {"status": "released", "released_amount": "10.00", "remaining": "0.00"}
 # (answer, whether a release of everything is done)
 ENDINGS: tuple[tuple[Received, bool], ...] = (
