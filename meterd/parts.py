@@ -93,6 +93,7 @@ def plan_of(name: str, plan: PlanSettings, wallet: WalletSettings) -> Plan:
         quota=None if plan.quota is None else (plan.quota.meter, plan.quota.units_nanos),
         ordered=plan.ordered,
         outcome_key=plan.outcome_key,
+        renew=plan.renew,
         gate=Gate(
             enforce=plan.gate.enforce,
             overdraft=plan.gate.overdraft_micros,

@@ -72,6 +72,13 @@ OTHER_ROLES = 'plan "{plan}" draws on {roles}; write escrows = {{ {example} }}'
 WITHOUT_AGENT = (
     "is required by [[discover]], which asks for the escrows of this agent; write the provider's id"
 )
+PAYER_WITHOUT_AGENT = (
+    "is required beside payer_api_key: escrows are locked for this agent and found again in its"
+    " list; write the provider's id"
+)
+RENEWS_WITHOUT_KEY = (
+    "locks the payer's money, so it needs his key; write escrow.payer_api_key_file, or remove it"
+)
 ROLES_NOT_DISCOVERED = (
     'a found escrow is bound as main, but plan "{plan}" draws on {roles}; name another plan, or'
     " bind its agreements in [[agreements]]"
@@ -411,6 +418,18 @@ def _discovery_can_bind(good: Good) -> Found:
         yield ("escrow", "agent_id"), WITHOUT_AGENT
 
 
+def _payer_can_be_served(good: Good) -> Found:
+    """What meterd locks for a payer must be found again by the provider's own list."""
+    if good.escrow is None:
+        return
+    if good.escrow.payer_api_key is not None and not good.escrow.agent_id:
+        yield ("escrow", "agent_id"), PAYER_WITHOUT_AGENT
+    if good.escrow.payer_api_key is None:
+        for name, plan in good.plans.items():
+            if plan.renew:
+                yield ("plans", name, "renew"), RENEWS_WITHOUT_KEY
+
+
 CHECKS: tuple[Callable[[Good], Found], ...] = (
     _listen_is_guarded,
     _tokens_differ,
@@ -426,4 +445,5 @@ CHECKS: tuple[Callable[[Good], Found], ...] = (
     _escrows_differ,
     _agreement_ids_differ,
     _discovery_can_bind,
+    _payer_can_be_served,
 )

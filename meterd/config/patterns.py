@@ -257,7 +257,7 @@ def release_mistakes(plan: PlanSettings, wallet_minimum: int) -> Found:
 def _wallet_is_no_escrow(plan: PlanSettings) -> Found:
     if not plan.on_wallet:
         return
-    for key in ("deposit", "auto_release_hours"):
+    for key in ("deposit", "auto_release_hours", "renew"):
         if plan.wrote(key):
             yield (key,), WALLET_IS_NOT_LOCKED
     if plan.at_close == "refund":

@@ -57,6 +57,7 @@ PATTERNS_OF: Mapping[str, tuple[str, ...]] = {
     "rates": _RATED,
     "versions": _RATED,
     "period": _RATED,
+    "renew": _RATED,
     "exposure_max": ("pay_per_call", "pay_per_token", "streaming", "hybrid"),
     "draws_on": ("pay_per_call",),
     "fee": _WITH_FEE,
@@ -209,6 +210,7 @@ class PlanSettings(Table):
     outcome_key: PublicKey | None = None
     deposit_micros: Charge | None = Field(default=None, alias="deposit")
     auto_release_hours: int | None = Field(default=None, ge=1, le=87_600)
+    renew: bool = False
     memo: Memo = ""
     at_close: Literal["refund", "leave"] | None = None
 

@@ -160,6 +160,8 @@ class EscrowSettings(Table):
     )
     api_key: ApiKey
     api_key_file: FilePath | None = None
+    payer_api_key: ApiKey | None = None
+    payer_api_key_file: FilePath | None = None
     agent_id: Line = ""
     paths: EscrowPaths = Field(default_factory=EscrowPaths)
     idempotency_header: HeaderName = "Idempotency-Key"
@@ -428,6 +430,8 @@ class Settings(Table):
     def secrets(self) -> Iterator[str]:
         """Every text in here that must never be printed, passwords inside addresses included."""
         yield self.escrow.api_key.reveal()
+        if self.escrow.payer_api_key is not None:
+            yield self.escrow.payer_api_key.reveal()
         if self.wallet.api_key is not None:
             yield self.wallet.api_key.reveal()
         yield from (entry.token.reveal() for entry in self.http.tokens)

@@ -99,6 +99,7 @@ class Plan:
     quota      of a subscription: (meter, nanos a period); beyond it the gate refuses.
     ordered    of a milestone plan: its tranches must come in their order.
     outcome_key  of a performance plan: the evaluator's Ed25519 public key, 32 bytes.
+    renew      meterd locks the next escrow itself, for agreements that it has opened.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Plan:
     ordered: bool = False
     outcome_key: bytes | None = None
     gate: Gate = field(default_factory=Gate)
+    renew: bool = False
 
     @property
     def cards(self) -> Iterator[RateCard]:

@@ -424,7 +424,7 @@ class Contract:
         code = self._code(came)
         said = f"{intent} was refused: {failed.detail}"
         match failed.kind:
-            case AnswerKind.DECLINED | AnswerKind.EMPTY:
+            case AnswerKind.DECLINED | AnswerKind.EMPTY | AnswerKind.FORBIDDEN:
                 raise Refused(said, status=came.status, code=code)
             case AnswerKind.MISSING:
                 raise NotFound(said, status=came.status, code=code)
@@ -474,7 +474,9 @@ class Contract:
         match found.kind:
             case "missing":
                 raise NotFound(said, status=came.status, code=code)
-            case "key_refused" | "forbidden":
+            case "forbidden":
+                raise Refused(said, status=came.status, code=code)
+            case "key_refused":
                 raise KeyRefused(f"{said}; check the API key", status=came.status, code=code)
             case "limited":
                 wait = found.retry_after

@@ -11,7 +11,7 @@ the escrow was read.
 | `Limited`     | nothing                | wait `retry_after` seconds, then ask again           |
 | `Refused`     | nothing                | look at `code`; the same again is refused again      |
 | `NotFound`    | nothing                | look for the right id                                |
-| `KeyRefused`  | nothing                | stop, and get a key that may do this                 |
+| `KeyRefused`  | nothing                | stop, and get a key that is taken                    |
 | `Unavailable` | nothing: it was a read | read again later                                     |
 | `InDoubt`     | **perhaps everything** | read the escrow before you do anything else          |
 | `Conflict`    | **perhaps everything** | the same; `code` says what the service holds against |
@@ -71,7 +71,10 @@ class Limited(EscrowError):
 
 
 class Refused(EscrowError):
-    """The service refused with a documented error (400, 402, 404, 422) and has moved nothing."""
+    """The service refused with a documented error (400, 402, 403, 404, 422); nothing was moved.
+
+    403 is about this escrow alone: the key may be right for others.
+    """
 
 
 class NotFound(Refused):
@@ -79,7 +82,7 @@ class NotFound(Refused):
 
 
 class KeyRefused(EscrowError):
-    """The service does not take this API key, or not for this escrow; it has moved nothing."""
+    """The service does not take this API key (401), for any escrow; it has moved nothing."""
 
 
 class Unavailable(EscrowError):

@@ -48,6 +48,7 @@ from meterd.core.changes import (
     State,
     Taken,
 )
+from meterd.core.openings import Opening
 from meterd.core.settlement import UNFINISHED, Escrow, Release
 from meterd.errors import (
     MeterdError,

@@ -215,7 +215,7 @@ ANSWERS: tuple[tuple[Received | Lost, str | None, type[EscrowError] | None], ...
     (came(ERROR, 422), None, Refused),
     (came(ERROR, 404), None, NotFound),
     (came(ERROR, 409), None, Conflict),
-    (came(ERROR, 403), None, KeyRefused),
+    (came(ERROR, 403), None, Refused),
     (came(b"<html>", 401), None, KeyRefused),
     (came(b"<html>", 429), None, Limited),
     (came(b"<html>", 400), None, InDoubt),
@@ -345,7 +345,7 @@ def test_money_of_an_answer_is_read_exactly_from_texts_and_numbers() -> None:
 # (answer, what a reading raises)
 READINGS: tuple[tuple[Received | Lost, type[EscrowError]], ...] = (
     (came(ERROR, 404), NotFound),
-    (came(ERROR, 403), KeyRefused),
+    (came(ERROR, 403), Refused),
     (came(ERROR, 401), KeyRefused),
     (came(ERROR, 429), Limited),
     (came(b"<html>", 404), Unavailable),
