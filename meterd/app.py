@@ -306,6 +306,7 @@ async def _open_books(
         positions=state.positions,
         dead_letters=state.dead_letters,
         dead_letter_next=state.dead_letter_next,
+        holds=state.holds,
         voids=state.voids,
         void_next=state.void_next,
     )

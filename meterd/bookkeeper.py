@@ -12,17 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from meterd.core import advice
+from meterd.core.accounts import Account, Agreement, Entry, ResolvedBatch, Touched
 from meterd.core.changes import (
     AgreementRow,
     Change,
     DeadLetter,
+    Hold,
     JournalEntry,
     MarkBlock,
     Taken,
@@ -30,18 +35,8 @@ from meterd.core.changes import (
     VoidRow,
 )
 from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
-from meterd.core.ledger import (
-    HOUR_MS,
-    VOID_TYPE,
-    Account,
-    Agreement,
-    Conflict,
-    Entry,
-    Ledger,
-    ResolvedBatch,
-    Touched,
-    contents,
-)
+from meterd.core.holds import Ask, Holds, Verdict
+from meterd.core.ledger import HOUR_MS, VOID_TYPE, Conflict, Ledger, contents
 from meterd.core.meters import Meter
 from meterd.core.plans import AtClose, Plan
 from meterd.core.settlement import (
@@ -71,6 +66,8 @@ from meterd.sources import Deliveries
 
 log = get_logger(__name__)
 
+# The source of usage that captures a hold by its id.
+HOLD_SOURCE = "hold"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
 
@@ -186,6 +183,9 @@ class Facts(Protocol):
     def released(self, release: Release, seconds: float) -> None:
         """A release came to an outcome."""
 
+    def gate(self, *, allowed: bool) -> None:
+        """The gate has answered."""
+
     def alarm(self, action: str) -> None:
         """Something happened that a person must know."""
 
@@ -218,6 +218,7 @@ class Bookkeeper:
         positions: Mapping[str, str],
         dead_letters: int,
         dead_letter_next: int,
+        holds: Sequence[Hold] = (),
         voids: Sequence[VoidRow] = (),
         void_next: int = 1,
     ) -> None:
@@ -241,6 +242,8 @@ class Bookkeeper:
         self._window_ms = window_ms
         self._dead_letter_next = dead_letter_next
         self._letters_lock = asyncio.Lock()
+        self.holds = Holds(holds)
+        self._holds_gone: list[str] = []  # Expired, and still to be taken off the disk.
         self._voids = deque(voids)
         self._void_next = void_next
         self._voids_changed = asyncio.Event()
@@ -302,6 +305,7 @@ class Bookkeeper:
             marks=marks,
             taken=taken,
             voids=voids,
+            holds_gone=self._captured(resolved, entry),
             dead_letters=tuple(letters),
             dead_letters_gone=gone,
             positions=() if deliveries.position is None else ((source, deliveries.position),),
@@ -388,6 +392,73 @@ class Bookkeeper:
                 )
             )
         return letters
+
+    # -- Holds --------------------------------------------------------------------------------
+
+    async def authorize(
+        self, account: Account, ask: Ask, *, hold_ms: int | None = None
+    ) -> tuple[Verdict, Hold | None]:
+        """Say whether a call may be served; with `hold_ms`, set its price aside for so long.
+
+        The verdict and the hold are one step; the hold is durable when this returns.
+        """
+        now = self.clock.wall()
+        self._expire_holds(now)
+        verdict = self.holds.judge(self.ledger, account, ask, now)
+        self._facts.gate(allowed=verdict.allowed)
+        if hold_ms is None or not verdict.allowed:
+            return verdict, None
+        hold = Hold(
+            id=f"hold_{secrets.token_hex(12)}",
+            agreement=account.agreement.id,
+            amount=verdict.needed,
+            meter=ask.meter,
+            dimensions=tuple(sorted(ask.dimensions.items())),
+            quantity=ask.quantity,
+            created_at=now,
+            expires_at=now + hold_ms,
+        )
+        self.holds.add(hold)
+        await self._durable(Change(holds=(hold,)))
+        return verdict, hold
+
+    def capture(self, hold: Hold, quantity: str) -> Recorded:
+        """Record what a hold's work really used, as a usage event with the hold's id.
+
+        Captured again with the same quantity it is a duplicate.
+        """
+        event = {
+            "id": hold.id,
+            "source": HOLD_SOURCE,
+            "agreement": hold.agreement,
+            "meter": hold.meter,
+            "quantity": quantity,
+            "dimensions": dict(hold.dimensions),
+            "hold": hold.id,
+        }
+        return self.record(HOLD_SOURCE, Deliveries(payloads=[msgspec.json.encode(event)]))
+
+    async def void_hold(self, hold: Hold) -> None:
+        """Free what a hold has set aside: its work was not done."""
+        self.holds.remove(hold.id)
+        await self._durable(Change(holds_gone=(hold.id,)))
+
+    def _captured(self, resolved: ResolvedBatch, entry: Entry) -> tuple[str, ...]:
+        """Free the holds that accepted usage names."""
+        gone = []
+        for place, hold_id in resolved.holds.items():
+            hold = self.holds.get(hold_id)
+            event = resolved.events[place]
+            mine = hold is not None and hold.agreement == event.agreement
+            if mine and (entry.fresh is None or entry.fresh[place]):
+                self.holds.remove(hold_id)
+                gone.append(hold_id)
+        return tuple(gone)
+
+    def _expire_holds(self, now: int) -> tuple[str, ...]:
+        """Free the holds that nobody captured in time; their rows go with the next tidying."""
+        self._holds_gone += [hold.id for hold in self.holds.expire(now)]
+        return tuple(self._holds_gone)
 
     # -- Events that are taken back ------------------------------------------------------------
 
@@ -496,6 +567,10 @@ class Bookkeeper:
             self._facts.alarm("dedupe_window_shrunk")
         if self._identities.expire(bucket):
             await self._commit(Change(marks_from=bucket))
+        gone = self._expire_holds(now)
+        if gone:
+            await self._commit(Change(holds_gone=gone))
+            del self._holds_gone[: len(gone)]
 
     # -- Dead letters
     # ----------------------------------------------------------------------------------------

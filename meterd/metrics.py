@@ -20,8 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from meterd import __version__
+from meterd.core.accounts import Entry
 from meterd.core.events import Reason
-from meterd.core.ledger import Entry
 from meterd.core.money import MICROS, NANOS
 from meterd.core.settlement import EscrowStatus, Release, ReleaseStatus
 

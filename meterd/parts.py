@@ -16,7 +16,7 @@ from meterd.config import (
     Settings,
     WalletSettings,
 )
-from meterd.core.ledger import Agreement
+from meterd.core.accounts import Agreement
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import MICROS, PICOS
 from meterd.core.plans import AtClose, Gate, Pattern, PeriodEnd, Plan, Settle, Version

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meterd.bookkeeper import Bookkeeper, Facts
+from meterd.core.accounts import Entry
 from meterd.core.changes import (
     AgreementRow,
     Change,
@@ -20,7 +21,7 @@ from meterd.core.changes import (
     TakenBlock,
 )
 from meterd.core.events import EventDecoder
-from meterd.core.ledger import HOUR_MS, Entry, Ledger
+from meterd.core.ledger import HOUR_MS, Ledger
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.plans import Pattern, Plan, Settle
 from meterd.core.pricing import Rate, RateCard

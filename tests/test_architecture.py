@@ -29,8 +29,12 @@ CORE_ORDER = (
     "settlement",
     "advice",
     "thresholds",
+    "openings",
     "changes",
+    "accounts",
     "ledger",
+    "discovery",
+    "renewals",
     "holds",
 )
 # What the core may take from outside: none of these knows a clock, a file, a log or a network.
@@ -79,6 +83,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "intake": "bookkeeper core errors logs sources.__init__",
         "settler": "bookkeeper core errors logs",
         "reconciler": "bookkeeper core errors logs",
+        "opener": "bookkeeper core errors logs",
         # Faces.
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",

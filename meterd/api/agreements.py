@@ -31,7 +31,7 @@ from meterd.api.wire import (
     read_page,
     read_reason,
 )
-from meterd.core.ledger import Account, Agreement
+from meterd.core.accounts import Account, Agreement
 from meterd.core.settlement import EscrowStatus
 from meterd.errors import NotFound, Refused
 

@@ -18,8 +18,9 @@ from fractions import Fraction
 
 from meterd.bookkeeper import Bookkeeper
 from meterd.core import advice
+from meterd.core.accounts import Account
 from meterd.core.advice import EXHAUSTED
-from meterd.core.ledger import Account, Ledger
+from meterd.core.ledger import Ledger
 from meterd.core.money import MICROS
 from meterd.core.plans import BASE
 from meterd.core.settlement import UNKNOWN_OUTCOME, Escrow, EscrowStatus

@@ -14,9 +14,10 @@ from meterd.api.overview import balance, spokesman, state_word
 from meterd.api.parts import SourceView
 from meterd.api.wire import iso_time
 from meterd.bookkeeper import Journalled
+from meterd.core.accounts import Account, Counter
 from meterd.core.advice import next_command
 from meterd.core.changes import DeadLetter
-from meterd.core.ledger import Account, Counter, Ledger
+from meterd.core.ledger import Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
 from meterd.core.plans import Plan
 from meterd.core.settlement import Escrow, Release

@@ -96,6 +96,7 @@ class Hold:
     agreement: str
     amount: int
     meter: str
+    dimensions: tuple[tuple[str, str], ...]  # Sorted by name.
     quantity: int  # Nanos, as it was asked for.
     created_at: int  # Wall ms.
     expires_at: int  # Wall ms.

@@ -63,7 +63,8 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
 
     `quantity` is as it came: `quantity_nanos` reads it. `time` is aware, or None for "on arrival".
     `value` is what a meter of `unique` values looks at, `price` what a dynamic rate charges a unit
-    of the quantity, in USDC. `voids`, `name`, `score` and `signature` belong to the special types.
+    of the quantity, in USDC. `hold` is the reservation that this usage captures. `voids`, `name`,
+    `score` and `signature` belong to the special types.
     """
 
     id: str = ""
@@ -80,6 +81,7 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     voids: str = ""
     name: str = ""
     score: int | str = ""
+    hold: str = ""
     signature: str = ""
 
 

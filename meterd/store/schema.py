@@ -252,6 +252,7 @@ CREATE TABLE hold (
     agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
     amount INTEGER NOT NULL CHECK (amount >= 0),
     meter TEXT NOT NULL,
+    dimensions TEXT NOT NULL,
     {_count("quantity")},
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL
@@ -303,7 +304,7 @@ _AGREEMENT = (
 _COUNTER = "agreement card meter dimensions quantity events period amount number"
 _SAMPLE = "counter key quantity count"
 _VOID = "number agreement source voids at"
-_HOLD = "id agreement amount meter quantity created_at expires_at"
+_HOLD = "id agreement amount meter dimensions quantity created_at expires_at"
 _ESCROW = (
     "id agreement role status reason closing total baseline settled credited observed remaining"
     " service_status provider deadline quarantine_factor units_settled settled_at refund"
@@ -540,6 +541,7 @@ def _hold(row: Hold) -> Row:
         row.agreement,
         row.amount,
         _text(row.meter),
+        _json(row.dimensions),
         _number(row.quantity),
         row.created_at,
         row.expires_at,
@@ -693,12 +695,13 @@ def void_of(row: Sequence[object]) -> VoidRow:
 
 def hold_of(row: Sequence[object]) -> Hold:
     """Read back a hold, in the order of `HOLD_COLUMNS`."""
-    id_, agreement, amount, meter, quantity, created_at, expires_at = row
+    id_, agreement, amount, meter, dimensions, quantity, created_at, expires_at = row
     return Hold(
         str(id_),
         str(agreement),
         _int(amount),
         str(meter),
+        _pairs.decode(str(dimensions)),
         _int(quantity),
         _int(created_at),
         _int(expires_at),

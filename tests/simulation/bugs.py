@@ -18,7 +18,7 @@ from typing import Any
 
 import meterd.app
 from meterd.bookkeeper import Bookkeeper, Recorded
-from meterd.core import events, ledger, settlement
+from meterd.core import accounts, events, ledger, settlement
 from meterd.core.changes import Change
 from meterd.core.meters import Aggregation
 from meterd.core.settlement import (
@@ -293,7 +293,7 @@ def rounded_up(put: Put) -> None:
     def owed(self: Any) -> int:
         return -(-self.numerator * 10**6 // self.denominator)
 
-    put(ledger.Account, "owed", property(owed))
+    put(accounts.Account, "owed", property(owed))
 
 
 @bug
@@ -303,7 +303,7 @@ def float_price(put: Put) -> None:
     def owed(self: Any) -> int:
         return round(float(Fraction(self.numerator, self.denominator)) * 1e6)
 
-    put(ledger.Account, "owed", property(owed))
+    put(accounts.Account, "owed", property(owed))
 
 
 @bug

@@ -17,9 +17,10 @@ from meterd.audit import Audit, Shown, audit
 from meterd.audit import records as audit_records
 from meterd.bookkeeper import Bookkeeper
 from meterd.cli.main import main
+from meterd.core.accounts import Agreement
 from meterd.core.changes import Change, JournalEntry, MarkBlock
 from meterd.core.events import EventDecoder
-from meterd.core.ledger import Agreement, Ledger
+from meterd.core.ledger import Ledger
 from meterd.core.settlement import (
     Answer,
     Answered,

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from meterd import __version__
+from meterd.core.accounts import Entry
 from meterd.core.events import Reason, Rejection
-from meterd.core.ledger import Entry
 from meterd.core.settlement import Release, ReleaseStatus
 from meterd.metrics import ALARMS, OUTCOMES, Metrics, Reads
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterd import config, parts
-from meterd.core.ledger import Agreement
+from meterd.core.accounts import Agreement
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import MICROS, NANOS
 from meterd.core.plans import AtClose, Gate, Pattern, PeriodEnd, Plan, Settle, Version

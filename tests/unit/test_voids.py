@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from meterd.core.ledger import Agreement
+from meterd.core.accounts import Agreement
 from meterd.sources import Deliveries
 from tests.fakes import FakeIdentities, FakeStore, adopt, make_bookkeeper
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from meterd import api
 from meterd.bookkeeper import Bookkeeper
-from meterd.core.ledger import Account, Agreement
+from meterd.core.accounts import Account, Agreement
 from meterd.core.settlement import Answer, Answered, AnswerKind, Confirm, Due, Go, Observed
 from meterd.intake import Intake, SourceState
 from meterd.metrics import Metrics, Reads

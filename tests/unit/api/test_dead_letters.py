@@ -5,7 +5,7 @@ import base64
 
 import pytest
 
-from meterd.core.ledger import Agreement
+from meterd.core.accounts import Agreement
 
 LOST = {"id": "a", "escrow_id": "esc_2", "meter": "tokens", "quantity": 1000}
 

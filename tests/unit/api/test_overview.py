@@ -4,7 +4,7 @@ from fractions import Fraction
 
 from meterd.api import Overview
 from meterd.api.overview import SLICE, balance, spokesman, state_word
-from meterd.core.ledger import Agreement
+from meterd.core.accounts import Agreement
 from meterd.core.settlement import AnswerKind, Observed
 from tests.fakes import NOW_MS, reading_of
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from meterd.core.accounts import Agreement
 from meterd.core.changes import State
 from meterd.core.events import EventDecoder
-from meterd.core.ledger import Agreement, Ledger, contents
+from meterd.core.ledger import Ledger, contents
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.plans import Pattern, Plan
 from meterd.core.pricing import Rate, RateCard

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meterd.core import ledger as module
+from meterd.core.accounts import Agreement
 from meterd.core.changes import CardRow, Change
-from meterd.core.ledger import Agreement, Conflict, Ledger
+from meterd.core.ledger import Conflict, Ledger
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.plans import Pattern, Plan
 from meterd.core.pricing import OTHER, Rate, RateCard
