@@ -724,6 +724,25 @@ class Ledger:
 
         What is refused only where it is no duplicate is noted in `found`.
         """
+        account = self._addressed(event)
+        if isinstance(account, tuple):
+            return account
+        if self.is_closed(account):
+            closed = f"agreement {account.agreement.id} is closed"
+            found.refused[index] = Reason.CLOSED, closed
+        found.special |= bool(event.type)
+        if event.type in (CLOSE_TYPE, VOID_TYPE):
+            event.agreement = account.agreement.id
+            if event.type == VOID_TYPE and not 0 < len(event.voids) <= ID_CHARS_MAX:
+                return Reason.MALFORMED, "voids: the id of the event to take back"
+            return None
+        at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
+        if event.type:
+            return self._reached(account, event, at)
+        return self._counter_of(account, event, key, at, closed=index in found.refused)
+
+    def _addressed(self, event: UsageEvent) -> Account | Why:
+        """Find the account that an event names."""
         name = event.agreement or event.escrow_id
         account = self._by_name.get(name)
         if event.type and event.type not in SPECIAL_TYPES:
@@ -738,19 +757,7 @@ class Ledger:
             other = self._by_name.get(event.escrow_id)
             if other is not account:
                 return Reason.MISMATCH, "agreement and escrow_id name different agreements"
-        if self.is_closed(account):
-            closed = f"agreement {account.agreement.id} is closed"
-            found.refused[index] = Reason.CLOSED, closed
-        found.special |= bool(event.type)
-        if event.type in (CLOSE_TYPE, VOID_TYPE):
-            event.agreement = account.agreement.id
-            if event.type == VOID_TYPE and not 0 < len(event.voids) <= ID_CHARS_MAX:
-                return Reason.MALFORMED, "voids: the id of the event to take back"
-            return None
-        at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
-        if event.type:
-            return self._reached(account, event, at)
-        return self._counter_of(account, event, key, at, closed=index in found.refused)
+        return account
 
     def _reached(self, account: Account, event: UsageEvent, at: int) -> Counter | Why:
         """Find or make the counter of a milestone or an outcome."""
@@ -844,25 +851,7 @@ class Ledger:
             or max(known, default=-1) >= 0
             or len(set(digests)) < len(digests)
         ):
-            fresh = []
-            seen: dict[bytes, int] = {}
-            reached: set[Counter] = set()
-            for place, digest in enumerate(digests):
-                before = known[place] if known[place] >= 0 else seen.get(digest, -1)
-                why: Why | None = None
-                if before < 0:
-                    why = resolved.refused.get(resolved.indices[place])
-                    why = why or _out_of_turn(resolved, place, reached)
-                elif before != prints[place]:
-                    why = Reason.CONFLICT, "the same source and id came before with other content"
-                else:
-                    duplicates += 1
-                fresh.append(before < 0 and why is None)
-                if fresh[-1]:
-                    seen[digest] = prints[place]
-                elif why is not None:
-                    event_id = resolved.events[place].id
-                    rejections.append(Rejection(resolved.indices[place], event_id, *why))
+            fresh, duplicates = _tell_verdicts(resolved, digests, prints, known, rejections)
         counters: Iterable[Counter | None] = resolved.counters
         pairs = zip(resolved.counters, resolved.quantities, strict=True)
         if fresh is not None:
@@ -983,6 +972,40 @@ class Ledger:
             for sample in changed.values()
         ]
         return samples.quantity - before
+
+
+def _tell_verdicts(
+    resolved: ResolvedBatch,
+    digests: Sequence[bytes],
+    prints: Sequence[int],
+    known: Sequence[int],
+    rejections: list[Rejection],
+) -> tuple[list[bool], int]:
+    """Tell of each event whether it is fresh, in their order; and how many are duplicates.
+
+    Of an event that came before nothing but its content matters: it was taken when it was in order.
+    """
+    fresh: list[bool] = []
+    duplicates = 0
+    seen: dict[bytes, int] = {}
+    reached: set[Counter] = set()
+    for place, digest in enumerate(digests):
+        before = known[place] if known[place] >= 0 else seen.get(digest, -1)
+        why: Why | None = None
+        if before < 0:
+            why = resolved.refused.get(resolved.indices[place])
+            why = why or _out_of_turn(resolved, place, reached)
+        elif before != prints[place]:
+            why = Reason.CONFLICT, "the same source and id came before with other content"
+        else:
+            duplicates += 1
+        fresh.append(before < 0 and why is None)
+        if fresh[-1]:
+            seen[digest] = prints[place]
+        elif why is not None:
+            event_id = resolved.events[place].id
+            rejections.append(Rejection(resolved.indices[place], event_id, *why))
+    return fresh, duplicates
 
 
 def _out_of_turn(resolved: ResolvedBatch, place: int, reached: set[Counter]) -> Why | None:
