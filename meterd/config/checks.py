@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meterd.config.patterns import mistakes_in, period_mistakes, rates_of, release_mistakes
-from meterd.config.plans import PlanSettings, RateSettings, SettleSettings
+from meterd.config.plans import PATTERNS_OF, PlanSettings, RateSettings, SettleSettings
 from meterd.config.settings import (
     AgreementSettings,
     DiscoverSettings,
@@ -426,7 +426,7 @@ def _payer_can_be_served(good: Good) -> Found:
         yield ("escrow", "agent_id"), PAYER_WITHOUT_AGENT
     if good.escrow.payer_api_key is None:
         for name, plan in good.plans.items():
-            if plan.renew:
+            if plan.renew and plan.pattern in PATTERNS_OF["renew"]:
                 yield ("plans", name, "renew"), RENEWS_WITHOUT_KEY
 
 

@@ -437,6 +437,13 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             'no meter "cals"; write [meters.cals]; did you mean "calls"',
         ),
     ],
+    "payer_without_a_provider": [
+        ("escrow.agent_id", "is required beside payer_api_key: escrows are locked for this agent"),
+    ],
+    "renewal_without_the_payers_key": [
+        ("plans.project.renew", "is no key of a milestone plan; remove it, or write pattern ="),
+        ("plans.stream.renew", "needs his key; write escrow.payer_api_key_file, or remove it"),
+    ],
     "rate_that_never_matches": [
         (
             "plans.calls.rates[1]",
