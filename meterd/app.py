@@ -481,6 +481,7 @@ class Daemon:
                 figures=overview.latest,
                 sources=self._intake.states.values,
                 dead_letters=lambda: self._bookkeeper.dead_letters,
+                holds=lambda: self._bookkeeper.holds.total,
                 store_bytes=lambda: self._store.stats().bytes,
             )
         )

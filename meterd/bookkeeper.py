@@ -38,6 +38,7 @@ from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, R
 from meterd.core.holds import Ask, Holds, Verdict
 from meterd.core.ledger import HOUR_MS, VOID_TYPE, Conflict, Ledger, contents
 from meterd.core.meters import Meter
+from meterd.core.openings import Opening
 from meterd.core.plans import AtClose, Plan
 from meterd.core.settlement import (
     LIVE,
@@ -438,6 +439,10 @@ class Bookkeeper:
         }
         return self.record(HOLD_SOURCE, Deliveries(payloads=[msgspec.json.encode(event)]))
 
+    def was_captured(self, hold_id: str) -> bool:
+        """Whether usage was recorded for this hold, so that a repeated capture can be answered."""
+        return self._identities.find(self._identities.digest(HOLD_SOURCE, hold_id))[0] >= 0
+
     async def void_hold(self, hold: Hold) -> None:
         """Free what a hold has set aside: its work was not done."""
         self.holds.remove(hold.id)
@@ -625,6 +630,13 @@ class Bookkeeper:
         for escrow in change.escrows:
             self.visit(escrow.id)
         return account
+
+    async def note_openings(
+        self, openings: Sequence[Opening], actor: str, action: str, subject: str, detail: str
+    ) -> None:
+        """Write down where openings stand, with an entry of the journal; durable at the return."""
+        entry = self._journal(actor, action, subject, detail)
+        await self._durable(Change(openings=tuple(openings), journal=(entry,)))
 
     async def close(self, account: Account, actor: str, reason: str = "") -> None:
         """Settle an agreement to the last quantum and close it."""

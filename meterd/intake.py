@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import stamina
 
 from meterd.bookkeeper import Bookkeeper, Recorded
+from meterd.core.changes import Hold
 from meterd.errors import SourceUnavailable, Unavailable
 from meterd.logs import get_logger
 from meterd.sources import Deliveries, Source
@@ -67,13 +68,25 @@ class Intake:
         A disk that is found full by these very deliveries may still take them later: sent again
         they are duplicates then.
         """
+        self._admit()
+        return await self._durable(self._bookkeeper.record(source, deliveries))
+
+    async def capture(self, hold: Hold, quantity: str) -> Recorded:
+        """Record what a hold's work really used. Raises `Unavailable`, as `submit` does."""
+        self._admit()
+        return await self._durable(self._bookkeeper.capture(hold, quantity))
+
+    def _admit(self) -> None:
+        """Let deliveries in that somebody waits for, or raise `Unavailable`."""
         if self._stopping.is_set():
             raise Unavailable("meterd is stopping; send this again to the next one")
         if not self._bookkeeper.store.writable:
             raise Unavailable("the disk is full; send this again later")
         if self._bookkeeper.pending > self._pending_max:
             raise Unavailable("too many events wait for their commit; send this again later")
-        recorded = self._bookkeeper.record(source, deliveries)
+
+    async def _durable(self, recorded: Recorded) -> Recorded:
+        """Wait until it is on the disk."""
         while not recorded.durable.done():
             # Unlike an await of it, this leaves the commit alone when the caller is cancelled.
             await asyncio.wait((recorded.durable,), timeout=LOOK_AT_DISK_S)

@@ -45,8 +45,12 @@ ALARMS = (
     "release_key_refused",
     "release_missing",
     "uncollectible",
+    "void_failed",
 )
-ESCROW_CALLS = ("read", "release_partial", "list", "probe")
+ESCROW_CALLS = (
+    *("read", "release_partial", "list", "probe"),
+    *("create", "refund_rest", "release_rest", "wallet_read", "debit"),
+)
 HTTP_SERIES_MAX = 400  # Of routes, methods and codes together; far more than the API has.
 ESCROW_CODES = frozenset({"no_answer", "not_sent"})
 
@@ -133,6 +137,7 @@ class Reads:
     figures: Callable[[], Figures]
     sources: Callable[[], Iterable[SourceState]]
     dead_letters: Callable[[], int]
+    holds: Callable[[], int]  # Micros.
     store_bytes: Callable[[], int]
 
 
@@ -200,6 +205,13 @@ class Metrics:
         )
         self._usage = {name: usage.labels(name) for name in meters}
         self._releases = {outcome: releases.labels(outcome) for outcome in OUTCOMES}
+        gate = Counter(
+            "meterd_gate_decisions",
+            "Answers to the question whether a call may be served.",
+            ["allowed"],
+            registry=registry,
+        )
+        self._gate = {allowed: gate.labels(str(allowed).lower()) for allowed in (True, False)}
         self._release_seconds = Histogram(
             "meterd_release_seconds",
             "From a release's intention to its confirmation.",
@@ -316,6 +328,10 @@ class Metrics:
             self.last_release_at = _wall_ms()
             self._release_seconds.observe(max(0.0, seconds))
 
+    def gate(self, *, allowed: bool) -> None:
+        """Count an answer of the gate."""
+        self._gate[allowed].inc()
+
     def alarm(self, action: str) -> None:
         """Count something that a person must know."""
         self._alarms.get(action, self._alarms[OTHER]).inc()
@@ -373,6 +389,7 @@ class _AtScrape(Collector):
         yield from _money(figures)
         yield from _escrows(figures)
         yield from _sources(self._reads.sources())
+        yield _gauge("holds_usdc", "Set aside for work under way.", _usdc(self._reads.holds()))
         yield _gauge("dead_letters", "Rejected deliveries kept.", self._reads.dead_letters())
         yield _gauge("store_bytes", "Size of the store on the disk.", self._reads.store_bytes())
 

@@ -236,6 +236,8 @@ class NoFacts:
 
     def alarm(self, action: str) -> None: ...
 
+    def gate(self, *, allowed: bool) -> None: ...
+
 
 METERS = {
     "tokens": Meter("tokens", Aggregation.SUM, "token"),

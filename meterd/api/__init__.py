@@ -20,6 +20,7 @@ from meterd.api.auth import Guard
 from meterd.api.backup import Backup
 from meterd.api.dead_letters import DeadLetters
 from meterd.api.events import Events
+from meterd.api.gate import Gate
 from meterd.api.health import Health
 from meterd.api.journal import Journal
 from meterd.api.overview import Overview
@@ -100,7 +101,18 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
 
 
 def _calls(parts: Parts) -> list[Call]:
-    rooms = (Events, Agreements, Releases, DeadLetters, Journal, Plans, Backup, Status, Health)
+    rooms = (
+        Events,
+        Gate,
+        Agreements,
+        Releases,
+        DeadLetters,
+        Journal,
+        Plans,
+        Backup,
+        Status,
+        Health,
+    )
     return [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
 
 

@@ -8,6 +8,7 @@ token.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -90,7 +91,7 @@ class Agreements:
         found = await self._search(page, state, plan)
         shown = found[: page.limit]
         following = shown[-1].agreement.id if len(found) > page.limit else None
-        views = [agreement_view(self._ledger, account) for account in shown]
+        views = [self._view(account) for account in shown]
         return page_answer(views, following)
 
     async def _search(self, page: Page, state: str | None, plan: str | None) -> list[Account]:
@@ -193,8 +194,13 @@ class Agreements:
     def _word(self, account: Account) -> str:
         return state_word(spokesman(self._ledger, account), balance(self._ledger, account))
 
+    def _view(self, account: Account) -> dict[str, Any]:
+        return agreement_view(
+            self._ledger, account, self._bookkeeper.holds.amount(account.agreement.id)
+        )
+
     def _shown(self, account: Account, status: int = 200) -> web.Response:
-        return json_answer(agreement_view(self._ledger, account), status)
+        return json_answer(self._view(account), status)
 
 
 async def _reason(request: web.Request, *, needed: bool = True) -> str:

@@ -13,6 +13,7 @@ from typing import Protocol
 from meterd.api.overview import Overview
 from meterd.api.settings import ApiSettings
 from meterd.bookkeeper import Bookkeeper, Recorded
+from meterd.core.changes import Hold
 from meterd.sources import Deliveries
 
 
@@ -65,6 +66,9 @@ class IntakeView(Protocol):
 
     async def submit(self, source: str, deliveries: Deliveries) -> Recorded:
         """Record deliveries; durable when this returns. Raises `Unavailable`."""
+
+    async def capture(self, hold: Hold, quantity: str) -> Recorded:
+        """Record what a hold's work used; durable when this returns. Raises `Unavailable`."""
 
 
 class SettlerView(Protocol):

@@ -26,8 +26,8 @@ Document = dict[str, Any]
 EXCERPT_BYTES_MAX = 2048
 
 
-def agreement_view(ledger: Ledger, account: Account) -> Document:
-    """Show an agreement: its money is of one instant."""
+def agreement_view(ledger: Ledger, account: Account, holds: int = 0) -> Document:
+    """Show an agreement: its money is of one instant. `holds`: set aside for work under way."""
     agreement, money = account.agreement, balance(ledger, account)
     escrow = spokesman(ledger, account)
     word = state_word(escrow, money)
@@ -46,8 +46,8 @@ def agreement_view(ledger: Ledger, account: Account) -> Document:
         "released": format_amount(money.released),
         "unsettled": format_amount(money.unsettled),
         "in_doubt": format_amount(money.in_doubt),
-        "headroom": None if money.headroom is None else format_amount(money.headroom),
-        "holds": format_amount(0),
+        "headroom": None if money.headroom is None else format_amount(money.headroom - holds),
+        "holds": format_amount(holds),
         "uncollectible": format_amount(money.uncollectible),
         "runway": None,
         "unsettled_since": iso_time(account.unsettled_since),

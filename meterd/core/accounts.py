@@ -177,8 +177,8 @@ class ResolvedBatch:
     `quantities` in nanos; `buckets` are hours since the epoch. A counter of None marks a
     `meterd.close` or a `meterd.void`. What few events have is kept apart, by their place in the
     lists: `amounts` of dynamic rates in 10^-21 USDC, sample `keys` of meters that are not additive,
-    and the `holds` that are captured. `refused` says, by the delivery's index, why an event is rejected unless it turns out
-    to be a duplicate; `special`: there are events of special types.
+    and the `holds` that are captured. `refused` says, by the delivery's index, why an event is
+    rejected unless it turns out to be a duplicate; `special`: there are events of special types.
     """
 
     rejections: list[Rejection] = field(default_factory=list)

@@ -28,6 +28,8 @@ TABLE = {
     "released_usdc_total": (),
     "unsettled_usdc": (),
     "headroom_usdc": (),
+    "holds_usdc": (),
+    "gate_decisions_total": ("allowed",),
     "in_doubt_usdc": (),
     "uncollectible_usdc": (),
     "releases_total": ("outcome",),
@@ -84,7 +86,7 @@ class Sums:
 
 def make(sums=None, states=(), letters=0, size=0) -> Metrics:
     metrics = Metrics(CollectorRegistry(), meters=("tokens",), sources=("mqtt",))
-    metrics.watch(Reads(lambda: sums or Sums(), lambda: states, lambda: letters, lambda: size))
+    metrics.watch(Reads(lambda: sums or Sums(), lambda: states, lambda: letters, lambda: 0, lambda: size))
     return metrics
 
 

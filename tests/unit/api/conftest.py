@@ -132,6 +132,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
                     overview.latest,
                     intake.states.values,
                     lambda: bookkeeper.dead_letters,
+                    lambda: bookkeeper.holds.total,
                     lambda: 4096,
                 )
             )
