@@ -638,6 +638,10 @@ class Bookkeeper:
         entry = self._journal(actor, action, subject, detail)
         await self._durable(Change(openings=tuple(openings), journal=(entry,)))
 
+    def alarm(self, action: str) -> None:
+        """Count, for the metrics, something that a person must know."""
+        self._facts.alarm(action)
+
     async def close(self, account: Account, actor: str, reason: str = "") -> None:
         """Settle an agreement to the last quantum and close it."""
         touched = self.ledger.close(account)

@@ -1,7 +1,7 @@
 """How an escrow is opened exactly once through a call that cannot be repeated.
 
-Theory of operation. To create an escrow is to lock somebody's money: sent twice, it locks twice, and
-the network loses answers. So, as with a release,
+Theory of operation. To create an escrow is to lock somebody's money: sent twice, it locks twice,
+and the network loses answers. So, as with a release,
 
 1. an opening is *intended*, durably, before it is sent, and is sent at most once in its life;
 2. its memo carries a key that no other escrow has. After a lost answer or a crash the escrow is
@@ -68,7 +68,7 @@ class Opening:
     provider: str
     hours: int | None
     memo: str
-    why: str  # asked, renewal or rollover.
+    why: str  # asked, renewal or rollover; again: a person has opened another in its place.
     status: OpeningStatus
     created_at: int
     changed_at: int
@@ -78,6 +78,21 @@ class Opening:
     since_mono: float = 0.0  # When the doubt began.
     sightings: int = 0  # Whole lists behind the quarantine that did not show it.
     sighted_mono: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a person or a program asks for: open an agreement or, with `next`, its next escrow.
+
+    Ids and texts may be "", an amount None: then the plan and the configuration say it.
+    """
+
+    plan: str
+    agreement: str = ""
+    payer: str = ""
+    provider: str = ""
+    deposit: int | None = None
+    next: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +114,14 @@ class Found:
     total: int
     live: bool
     created_at: int = 0  # Wall ms; 0: the service does not say.
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """An agent's escrows. `whole`: one that is not in it was not there."""
+
+    escrows: tuple[Found, ...]
+    whole: bool
 
 
 def memo_of(plan_memo: str, agreement: str, key: str) -> str:
@@ -155,7 +178,9 @@ def _doubt(opening: Opening, detail: str, mono: float, wall: int) -> Opening:
 
 def find(opening: Opening, listed: Sequence[Found]) -> list[Found]:
     """Find what was locked for it, oldest first: more than one where the network doubled a call."""
-    return [found for found in listed if found.memo == opening.memo]
+    wanted = opening.memo, opening.amount, opening.provider
+    found = [one for one in listed if (one.memo, one.total, one.provider) == wanted]
+    return sorted(found, key=lambda one: (one.created_at, one.escrow))
 
 
 def unseen(
