@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from prometheus_client import CollectorRegistry
 from meterd import __version__, api, config, logs
 from meterd.bookkeeper import Bookkeeper
 from meterd.config.settings import MqttSourceSettings, RedisSourceSettings, Settings
+from meterd.core.changes import State
 from meterd.core.events import EventDecoder
 from meterd.core.ledger import Conflict, Ledger
 from meterd.core.money import MICROS, format_amount, format_exact
@@ -39,12 +41,13 @@ from meterd.errors import (
     StoreFailed,
 )
 from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths
-from meterd.escrow.service import PaymentService
+from meterd.escrow.service import OpeningService, PaymentService
 from meterd.escrow.wallet import WalletApi, WalletClient, WalletPaths
 from meterd.intake import Intake
 from meterd.logs import get_logger
 from meterd.metrics import Metrics, Reads
-from meterd.parts import agreements_of, meters_of, plans_of, rules_of
+from meterd.opener import Opener, Terms
+from meterd.parts import agreements_of, discoveries_of, meters_of, plans_of, rules_of
 from meterd.settler import Pace, Settler
 from meterd.sources import Source
 from meterd.store.restore import Restored, restore
@@ -105,6 +108,25 @@ def escrow_api_of(settings: Settings) -> EscrowApi:
         idempotency_header=escrow.idempotency_header,
         request_timeout_s=escrow.request_timeout.seconds,
         connections_max=escrow.concurrency * 2,
+    )
+
+
+def payer_api_of(settings: Settings) -> EscrowApi:
+    """Make the address of the escrow service for whoever locks: the payer, where his key is."""
+    escrow = settings.escrow
+    return replace(
+        escrow_api_of(settings), api_key=(escrow.payer_api_key or escrow.api_key).reveal()
+    )
+
+
+def terms_of(settings: Settings) -> Terms:
+    """Make the terms on which escrows are locked and found."""
+    escrow = settings.escrow
+    return Terms(
+        agent_id=escrow.agent_id,
+        payer_key=escrow.payer_api_key is not None,
+        patterns=tuple(discoveries_of(settings)),
+        discover_interval=escrow.discover_interval.ms / 1000,
     )
 
 
@@ -242,14 +264,26 @@ async def _serve(settings: Settings, config_path: Path | None) -> int:
     store = SqliteStore.open(settings.daemon.data_dir, entries_max=settings.dedupe.entries_max)
     store.on_commit, store.on_writable = metrics.on_commit, metrics.on_writable
     try:
-        bookkeeper = await _open_books(settings, store, metrics, clock)
+        state = store.load()
+        bookkeeper = await _open_books(settings, store, state, metrics, clock)
         mono, wall, observe = clock.mono, clock.wall, metrics.observe
+        payer_api = payer_api_of(settings)
         async with (
             EscrowClient(escrow_api_of(settings), mono=mono, wall=wall, observe=observe) as escrow,
+            EscrowClient(payer_api, mono=mono, wall=wall, observe=observe) as payer,
             WalletClient(wallet_api_of(settings), mono=mono, wall=wall, observe=observe) as wallet,
         ):
             service = PaymentService(escrow, wallet)
-            daemon = Daemon(settings, config_path, bookkeeper, service, sources, metrics, store)
+            opener = Opener(
+                bookkeeper,
+                OpeningService(escrow, payer),
+                terms_of(settings),
+                unbound=state.openings,
+                opened=state.opened,
+            )
+            daemon = Daemon(
+                settings, config_path, bookkeeper, service, opener, sources, metrics, store
+            )
             gc.collect()
             gc.freeze()  # What lives as long as the process need not be looked at again.
             log.info(
@@ -278,10 +312,9 @@ def _suit_batches() -> None:
 
 
 async def _open_books(
-    settings: Settings, store: SqliteStore, metrics: Metrics, clock: SystemClock
+    settings: Settings, store: SqliteStore, state: State, metrics: Metrics, clock: SystemClock
 ) -> Bookkeeper:
     """Rebuild the ledger from the store, step over the restart, bind what is configured."""
-    state = store.load()
     in_use = {row.plan: row.id for row in state.agreements}
     gone = [
         Mistake(f"plans.{plan}", f"is missing, and agreement {agreement} is under it; put it back")
@@ -346,6 +379,7 @@ class Daemon:
         config_path: Path | None,
         bookkeeper: Bookkeeper,
         service: PaymentService,
+        opener: Opener,
         sources: Sequence[Source],
         metrics: Metrics,
         store: SqliteStore,
@@ -357,6 +391,7 @@ class Daemon:
         self._metrics = metrics
         self._intake = Intake(bookkeeper, sources, pending_max=settings.http.pending_max)
         self._settler = Settler(bookkeeper, service, pace_of(settings))
+        self._opener = opener
         self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
@@ -373,6 +408,7 @@ class Daemon:
                 ]
                 side = [
                     group.create_task(self._settler.run(), name="settler"),
+                    group.create_task(self._opener.run(), name="opener"),
                     group.create_task(self._tidy(), name="tidy"),
                     group.create_task(self._bookkeeper.take_back_voided(), name="voids"),
                     group.create_task(self._intake.watch_lag(LAG_INTERVAL_S), name="lag"),
@@ -452,6 +488,8 @@ class Daemon:
             _check_agreements(self._bookkeeper.ledger, plans, fresh)
             await self._bookkeeper.reload(plans, meters_of(fresh))
             await _bind(self._bookkeeper, fresh)
+            patterns = tuple(discoveries_of(fresh))
+            self._opener.terms = replace(self._opener.terms, patterns=patterns)
         except (ConfigurationError, Refused) as error:
             self._metrics.reloaded(success=False)
             log.error(
@@ -490,6 +528,7 @@ class Daemon:
             self._bookkeeper,
             self._intake,
             settler=self._settler,
+            opener=self._opener,
             overview=overview,
             instruments=self._metrics,
             store_bytes=lambda: self._store.stats().bytes,

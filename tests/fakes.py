@@ -23,6 +23,7 @@ from meterd.core.changes import (
 from meterd.core.events import EventDecoder
 from meterd.core.ledger import HOUR_MS, Ledger
 from meterd.core.meters import Aggregation, Meter
+from meterd.core.openings import Opening, Wish
 from meterd.core.plans import Pattern, Plan, Settle
 from meterd.core.pricing import Rate, RateCard
 from meterd.core.settlement import Escrow, Observed, Reading, Release, Rules
@@ -215,6 +216,21 @@ class FakeIdentities:
 
     def shrink(self) -> int | None:
         return None
+
+
+class FakeOpener:
+    """Keeps what it was asked for, and answers with what it was told to."""
+
+    def __init__(self) -> None:
+        self.unfinished: list[Opening] = []
+        self.wishes: list[Wish] = []
+        self.answer: str | Exception = ""
+
+    async def open(self, wish: Wish, actor: str) -> str:
+        self.wishes.append(wish)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer or wish.agreement
 
 
 class FakeSettler:

@@ -36,6 +36,7 @@ CORE_ORDER = (
     "discovery",
     "renewals",
     "holds",
+    "quotes",
 )
 # What the core may take from outside: none of these knows a clock, a file, a log or a network.
 CORE_LIBRARIES = frozenset(

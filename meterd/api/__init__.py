@@ -23,8 +23,9 @@ from meterd.api.events import Events
 from meterd.api.gate import Gate
 from meterd.api.health import Health
 from meterd.api.journal import Journal
+from meterd.api.openings import Openings
 from meterd.api.overview import Overview
-from meterd.api.parts import Instruments, IntakeView, Parts, SettlerView
+from meterd.api.parts import Instruments, IntakeView, OpenerView, Parts, SettlerView
 from meterd.api.plans import Plans
 from meterd.api.problems import Problem
 from meterd.api.releases import Releases
@@ -46,6 +47,7 @@ def build(
     intake: IntakeView,
     *,
     settler: SettlerView,
+    opener: OpenerView,
     overview: Overview,
     instruments: Instruments,
     store_bytes: Callable[[], int],
@@ -61,6 +63,7 @@ def build(
         bookkeeper=bookkeeper,
         intake=intake,
         settler=settler,
+        opener=opener,
         overview=overview,
         instruments=instruments,
         store_bytes=store_bytes,
@@ -105,6 +108,7 @@ def _calls(parts: Parts) -> list[Call]:
         Events,
         Gate,
         Agreements,
+        Openings,
         Releases,
         DeadLetters,
         Journal,

@@ -6,7 +6,7 @@ rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from meterd.api.overview import Overview
 from meterd.api.settings import ApiSettings
 from meterd.bookkeeper import Bookkeeper, Recorded
 from meterd.core.changes import Hold
+from meterd.core.openings import Opening, Wish
 from meterd.sources import Deliveries
 
 
@@ -78,6 +79,17 @@ class SettlerView(Protocol):
         """Say why nothing is released now; "" when nothing stands against it."""
 
 
+class OpenerView(Protocol):
+    """Who locks escrows."""
+
+    @property
+    def unfinished(self) -> Sequence[Opening]:
+        """The openings whose escrow nothing draws on, oldest first."""
+
+    async def open(self, wish: Wish, actor: str) -> str:
+        """Lock what an agreement needs; its id. Raises `Refused`, `NotFound`, `Unavailable`."""
+
+
 class Instruments(Protocol):
     """The metrics: told of each request, asked for all series and what happened so far."""
 
@@ -102,6 +114,7 @@ class Parts:
     bookkeeper: Bookkeeper
     intake: IntakeView
     settler: SettlerView
+    opener: OpenerView
     overview: Overview
     instruments: Instruments
     store_bytes: Callable[[], int]

@@ -20,6 +20,7 @@ from meterd.core.changes import DeadLetter
 from meterd.core.ledger import Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
 from meterd.core.plans import Plan
+from meterd.core.quotes import Quote
 from meterd.core.settlement import Escrow, Release
 
 Document = dict[str, Any]
@@ -139,6 +140,27 @@ def plan_view(plan: Plan) -> Document:
             "before_deadline_ms": settle.before_deadline,
             "min_release": format_amount(settle.min_release),
         },
+    }
+
+
+def quote_view(quoted: Quote) -> Document:
+    """Show a price with its working."""
+    return {
+        "plan": quoted.plan,
+        "card": quoted.card,
+        "lines": [
+            {
+                "meter": line.meter,
+                "rate": line.rate,
+                "quantity": format_quantity(line.quantity),
+                "working": list(line.working),
+                "charge": format_exact(line.charge),
+                "role": line.role,
+            }
+            for line in quoted.lines
+        ],
+        "total": format_exact(quoted.total),
+        "payable": format_amount(quoted.payable),
     }
 
 

@@ -130,6 +130,11 @@ def read_filter(request: web.Request, name: str) -> str | None:
     return text
 
 
+def is_id(text: str) -> bool:
+    """Whether a text can be an agreement's id."""
+    return _ID.match(text) is not None
+
+
 def is_escrow_id(text: str) -> bool:
     """Whether a text can be an escrow's id."""
     return _ESCROW_ID.match(text) is not None

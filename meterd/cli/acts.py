@@ -51,6 +51,46 @@ def bind(
     _done(answer, f"{name} is bound to {plan}. Look: meterd agreements {name}", as_json=as_json)
 
 
+def open_agreement(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan of the configuration.")],
+    agreement: Annotated[
+        str, typer.Option("--id", metavar="ID", help="The agreement's id; else one is made.")
+    ] = "",
+    payer: Annotated[str, typer.Option("--payer", metavar="AGENT", help="Who pays.")] = "",
+    deposit: Annotated[
+        str | None, typer.Option("--deposit", metavar="USDC", help="Instead of the plan's.")
+    ] = None,
+    provider: Annotated[
+        str, typer.Option("--provider", metavar="AGENT", help="Who is paid; else escrow.agent_id.")
+    ] = "",
+    following: Annotated[
+        bool, typer.Option("--next", help="Lock the next escrow of an agreement that there is.")
+    ] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+    url: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Lock the escrows that a plan needs, and bind them: usage may begin."""
+    body: dict[str, object] = {"plan": plan, "next": following}
+    given = {"id": agreement, "payer": payer, "deposit": deposit, "provider": provider}
+    body.update({name: value for name, value in given.items() if value})
+    with connect(config, url, token_file) as daemon:
+        answer = daemon.ask("POST", "v1", "agreements", body=body)
+    name = answer["id"]
+    if answer["state"] == "opening":
+        sentence = (
+            f"Nobody knows yet whether the escrow of {name} was locked; it is looked for in the"
+            f" service's list and bound when it is there. Look: meterd agreements {name}"
+        )
+    else:
+        locked = ", ".join(escrow["id"] for escrow in answer["escrows"])
+        sentence = f"{name} is open under {plan}: {locked}. Look: meterd agreements {name}"
+    _done(answer, sentence, as_json=as_json)
+    if answer["state"] == "opening":
+        raise typer.Exit(3)
+
+
 def settle(
     agreement: AgreementId,
     reason: OptionalReason = "",
@@ -332,6 +372,7 @@ def _done(answer: object, sentence: str, *, as_json: bool) -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "open": open_agreement,
     "bind": bind,
     "settle": settle,
     "close": close,

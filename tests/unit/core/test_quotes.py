@@ -1,0 +1,165 @@
+"""Quotes: the price with its working."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meterd.core.meters import Aggregation, Meter
+from meterd.core.money import MICROS, NANOS, PICOS
+from meterd.core.plans import Pattern, Plan, Version
+from meterd.core.pricing import MAIN, PERIOD_METER, Model, Rate, RateCard, Tier, Usage
+from meterd.core.quotes import Unpriced, Use, quote, working
+
+CENT = PICOS // 100
+METERS = {"calls": Meter("calls"), "seats": Meter("seats", Aggregation.MAX)}
+TIERS = (Tier(100 * NANOS, CENT), Tier(None, CENT // 2, CENT * 10))
+
+
+def plan(*rates, **fields):
+    """A plan of these rates."""
+    return Plan("p", Pattern.STREAMING, RateCard(rates), **fields)
+
+
+def use(quantity, meter="calls", **fields):
+    return Use(meter, quantity * NANOS, fields.pop("dimensions", {}), **fields)
+
+
+@pytest.mark.parametrize(
+    ("rate", "quantity", "steps", "total"),
+    [
+        (Rate("calls", CENT), 3, ("3 x 0.01 = 0.03",), "0.03"),
+        (Rate("calls", CENT, 1000), 500, ("500 x 0.01 / 1000 = 0.005",), "0.005"),
+        (
+            Rate("calls", CENT, free_units=1000 * NANOS),
+            1500,
+            ("1500 - 1000 free = 500", "500 x 0.01 = 5.00"),
+            "5",
+        ),
+        (
+            Rate("calls", 0, model=Model.GRADUATED, tiers=TIERS),
+            150,
+            ("100 x 0.01 = 1.00", "50 x 0.005 + 0.1 = 0.35"),
+            "1.35",
+        ),
+        (
+            Rate("calls", 0, model=Model.VOLUME, tiers=TIERS),
+            150,
+            ("150 x 0.005 + 0.1 = 0.85",),
+            "0.85",
+        ),
+        (
+            Rate("calls", CENT, 100, model=Model.PACKAGE),
+            101,
+            ("101 / 100, begun: 2", "2 x 0.01 = 0.02"),
+            "0.02",
+        ),
+        (Rate("calls", CENT, model=Model.PERCENTAGE), 50, ("50 x 0.01 = 0.50",), "0.5"),
+        (Rate("calls", CENT, maximum=MICROS), 500, ("500 x 0.01 = 5.00", "at most 1.00"), "1"),
+        (Rate("calls", CENT, minimum=MICROS), 5, ("5 x 0.01 = 0.05", "at least 1.00"), "1"),
+    ],
+)
+def test_quote_shows_the_steps_that_lead_to_the_charge(rate, quantity, steps, total):
+    """One line for each rate; the period has ended, so that a minimum counts."""
+    quoted = quote(plan(rate, Rate(PERIOD_METER, 0)), METERS, [use(quantity)], 0, ended=True)
+
+    assert steps == quoted.lines[0].working
+    assert Fraction(total) == quoted.total == quoted.lines[0].charge
+    assert Fraction(total) * MICROS == quoted.payable
+
+
+def test_quote_of_a_dynamic_rate_takes_the_prices_of_the_events():
+    """Up to the plan's cap, and never without one."""
+    dynamic = plan(Rate("calls", CENT, model=Model.DYNAMIC))
+    quoted = quote(dynamic, METERS, [use(2, price=CENT), use(3, price=CENT // 2)], 0, ended=False)
+
+    assert Fraction("0.035") == quoted.total
+    for bad in (use(1), use(1, price=CENT + 1)):
+        with pytest.raises(Unpriced, match=r"0\.01"):
+            quote(dynamic, METERS, [bad], 0, ended=False)
+
+
+def test_quote_adds_the_fee_when_the_period_has_ended():
+    """The fee is a line like any other; what it covers is free."""
+    hybrid = plan(
+        Rate(PERIOD_METER, 5 * PICOS, role="base"),
+        Rate("calls", CENT, free_units=1000 * NANOS, role="overage"),
+    )
+    ended, running = (
+        quote(hybrid, METERS, [use(1200)], 0, ended=ended).total for ended in (True, False)
+    )
+
+    assert (Fraction(7), Fraction(2)) == (ended, running)
+
+
+def test_quote_follows_the_aggregation_of_the_meter():
+    """The highest of what is used at once, the last of what is there, and different values."""
+    meters = {
+        "seats": Meter("seats", Aggregation.MAX),
+        "disk": Meter("disk", Aggregation.LATEST),
+        "users": Meter("users", Aggregation.UNIQUE),
+    }
+    rates = plan(*(Rate(name, PICOS) for name in meters))
+    usage = [
+        *(use(n, "seats") for n in (2, 7, 3)),
+        *(use(n, "disk") for n in (9, 4)),
+        *(use(1, "users", value=name) for name in ("a", "b", "a")),
+    ]
+
+    assert Fraction(7 + 4 + 2) == quote(rates, meters, usage, 0, ended=False).total
+
+
+def test_quote_takes_the_version_in_force_and_refuses_what_has_no_price():
+    """A price of later counts later; a meter without a rate is named."""
+    versions = plan(
+        Rate("calls", CENT), later=(Version(1000, RateCard((Rate("calls", 2 * CENT),))),)
+    )
+    totals = [quote(versions, METERS, [use(1)], at, ended=False).total for at in (999, 1000)]
+
+    assert [Fraction(1, 100), Fraction(2, 100)] == totals
+    with pytest.raises(Unpriced, match="its meters: calls"):
+        quote(versions, METERS, [use(1, "teapots")], 0, ended=False)
+
+
+@given(
+    st.builds(
+        Rate,
+        st.just("calls"),
+        st.integers(0, 10**13),
+        st.sampled_from([1, 3, 1000]),
+        model=st.sampled_from([Model.STANDARD, Model.GRADUATED, Model.VOLUME, Model.PACKAGE]),
+        tiers=st.just(TIERS),
+        free_units=st.sampled_from([0, 7 * NANOS]),
+        minimum=st.sampled_from([None, 10]),
+        maximum=st.sampled_from([None, 2 * MICROS]),
+    ),
+    st.integers(8 * NANOS, 10**13),
+    st.booleans(),
+)
+def test_steps_say_minimum_and_maximum_where_the_charge_is_theirs(rate, nanos, ended):
+    """The words about a line and the line's charge never disagree."""
+    if rate.model in (Model.STANDARD, Model.PACKAGE):
+        rate = replace_tiers(rate)
+    card = RateCard((rate, Rate(PERIOD_METER, 0)))
+    used = {("calls", ()): Usage(nanos), (PERIOD_METER, ()): Usage(NANOS if ended else 0)}
+    charge = card.charge(used)[MAIN]
+    words = working(rate, nanos, 0, ended=ended)
+
+    assert ("at most" in words[-1]) <= (charge == Fraction(rate.maximum or 0, MICROS))
+    assert ("at least" in words[-1]) <= (charge == Fraction(rate.minimum or 0, MICROS))
+
+
+def replace_tiers(rate):
+    """The same rate without tiers."""
+    return Rate(
+        rate.meter,
+        rate.price,
+        rate.per,
+        model=rate.model,
+        free_units=rate.free_units,
+        minimum=rate.minimum,
+        maximum=rate.maximum,
+    )
