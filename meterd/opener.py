@@ -127,9 +127,24 @@ class Opener:
         is in `unfinished`, and is bound when it is found. Raises `Refused` and `Unavailable`.
         """
         agreement, rows = self._rows(wish)
-        if rows:
-            await self._make(rows, actor)
+        failed = await self._make(rows, actor) if rows else []
+        if failed:
+            raise Refused(self._said(failed[0]))
         return agreement
+
+    def _said(self, failed: Opening) -> str:
+        """Say to whoever asked why nothing was locked, and what stays."""
+        key = "escrow.payer_api_key" if self.terms.payer_key else "escrow.api_key"
+        kept = [
+            f"{row.role} ({row.escrow})"
+            for row in self._openings.values()
+            if row.agreement == failed.agreement and row.status is OpeningStatus.LOCKED
+        ]
+        waits = f"; {', '.join(kept)} is locked and waits for it" if kept else ""
+        return (
+            f"the escrow of role {failed.role} was not locked with {key}: {failed.detail}{waits};"
+            f" put that right, then again: meterd open {failed.plan} --id {failed.agreement}"
+        )
 
     def _rows(self, wish: Wish) -> tuple[str, list[Opening]]:
         """Say what is to be locked. Without an await up to the intention: two cannot get in."""
@@ -221,8 +236,11 @@ class Opener:
 
     # -- Locking -------------------------------------------------------------------------------
 
-    async def _make(self, rows: Sequence[Opening], actor: str) -> None:
-        """Intend, lock and bind. Whatever cuts this off is found unfinished at the next start."""
+    async def _make(self, rows: Sequence[Opening], actor: str) -> list[Opening]:
+        """Intend, lock and bind; those that were refused.
+
+        Whatever cuts this off is found unfinished at the next start.
+        """
         agreement = rows[0].agreement
         # 1. Intend.
         before = self._absent(agreement, {row.role for row in rows})
@@ -233,15 +251,18 @@ class Opener:
             (*before, *rows), actor, "escrow_opening", agreement, f"{rows[0].why}: {amounts}"
         )
         # 2. Lock, one at a time; once one was refused the rest of them would help nobody.
-        refused = ""
+        failed: list[Opening] = []
         for row in rows:
-            if refused:
-                failed = replace(row, status=OpeningStatus.FAILED, detail=f"not sent: {refused}")
-                await self._note(failed, "opening_failed")
-            elif not await self._lock(row):
-                refused = f"the escrow of role {row.role} was refused"
+            if failed:
+                detail = f"not sent: the escrow of role {failed[0].role} was refused"
+                after = replace(row, status=OpeningStatus.FAILED, detail=detail)
+                await self._note(after, "opening_failed")
+            else:
+                after = await self._lock(row)
+            failed += [after] if after.status is OpeningStatus.FAILED else []
         # 3. Bind.
         await self._bind(agreement)
+        return failed
 
     def _absent(self, agreement: str, roles: set[str]) -> list[Opening]:
         """Openings that were given up and are now made again: they stand in nobody's way."""
@@ -253,8 +274,8 @@ class Opener:
             and row.role in roles
         ]
 
-    async def _lock(self, row: Opening) -> bool:
-        """Make the one call of an opening; whether it was not refused."""
+    async def _lock(self, row: Opening) -> Opening:
+        """Make the one call of an opening, and book what came back."""
         async with self._one_at_a_time:
             try:
                 answer = await self._service.lock(row)
@@ -262,21 +283,21 @@ class Opener:
                 detail = f"nothing was sent: {error}"
                 failed = replace(row, status=OpeningStatus.FAILED, detail=detail)
                 await self._note(failed, "opening_failed")
-                return False
+                return failed
         mono, wall = self._clock.mono(), self._clock.wall()
         if isinstance(answer, Locked):
             locked = openings.landed(row, answer, "answered", wall)
             await self._note(locked, "escrow_locked")
-            return True
+            return locked
         after = openings.answered(row, answer.kind, answer.detail, mono, wall)
         if after.status is OpeningStatus.FAILED:
             self._hold_off(row.agreement, answer.retry_after)
             await self._note(after, "opening_failed")
-            return False
+            return after
         await self._note(after, "opening_in_doubt")
         self._doubts_at = mono
         self._changed.set()
-        return True
+        return after
 
     async def _note(self, row: Opening, action: str) -> None:
         """Write down where an opening stands, and say it."""

@@ -223,11 +223,11 @@ class FakeOpener:
 
     def __init__(self) -> None:
         self.unfinished: list[Opening] = []
-        self.wishes: list[Wish] = []
+        self.wishes: list[tuple[Wish, str]] = []
         self.answer: str | Exception = ""
 
     async def open(self, wish: Wish, actor: str) -> str:
-        self.wishes.append(wish)
+        self.wishes.append((wish, actor))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer or wish.agreement
