@@ -198,7 +198,7 @@ def test_every_metric_that_a_document_names_exists(document: Path) -> None:
     """By the name that a scraper sees."""
     metrics = Metrics(CollectorRegistry(), meters=["tokens"], sources=["redis"])
     source = SourceState("redis", "redis", "")
-    metrics.watch(Reads(Figures, lambda: [source], lambda: 0, lambda: 0))
+    metrics.watch(Reads(Figures, lambda: [source], lambda: 0, lambda: 0, lambda: 0))
     seen = set(re.findall(r"^(\w+)", metrics.exposition("")[0].decode(), re.MULTILINE))
     named = {word for word in code_words(document) if re.fullmatch(r"meterd_\w+", word)}
 

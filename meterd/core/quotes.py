@@ -161,11 +161,11 @@ def working(rate: Rate, quantity: int, amount: int, *, ended: bool) -> tuple[str
 def _plain(rate: Rate, billed: int, amount: int) -> Fraction:
     """The charge before minimum and maximum, from the parts that the steps show."""
     if rate.model is Model.DYNAMIC:
-        return Fraction(amount, ATTOS) / rate.per
+        return Fraction(amount, ATTOS * rate.per)
     if rate.model is Model.PACKAGE:
         return Fraction(rate.price, PICOS) * -(-billed // (rate.per * NANOS))
     if not rate.tiers:
-        return Fraction(billed * rate.price, ATTOS) / rate.per
+        return Fraction(billed * rate.price, ATTOS * rate.per)
     return sum((_part(rate, part) for part in _parts(rate, billed)), Fraction(0))
 
 
@@ -191,7 +191,7 @@ def _parts(rate: Rate, billed: int) -> list[_Part]:
 
 
 def _part(rate: Rate, part: _Part) -> Fraction:
-    return Fraction(part.quantity * part.price, ATTOS) / rate.per + Fraction(part.flat, PICOS)
+    return Fraction(part.quantity * part.price, ATTOS * rate.per) + Fraction(part.flat, PICOS)
 
 
 def _times(rate: Rate, quantity: int, price: int) -> str:
@@ -200,7 +200,7 @@ def _times(rate: Rate, quantity: int, price: int) -> str:
 
 
 def _standard(rate: Rate, billed: int, _: int) -> list[str]:
-    result = format_exact(Fraction(billed * rate.price, ATTOS) / rate.per)
+    result = format_exact(Fraction(billed * rate.price, ATTOS * rate.per))
     return [f"{_times(rate, billed, rate.price)} = {result}"]
 
 
@@ -221,7 +221,7 @@ def _package(rate: Rate, billed: int, _: int) -> list[str]:
 
 
 def _dynamic(rate: Rate, _: int, amount: int) -> list[str]:
-    return [f"the events' own prices: {format_exact(Fraction(amount, ATTOS) / rate.per)}"]
+    return [f"the events' own prices: {format_exact(Fraction(amount, ATTOS * rate.per))}"]
 
 
 _STEPS = {

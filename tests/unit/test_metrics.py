@@ -86,7 +86,9 @@ class Sums:
 
 def make(sums=None, states=(), letters=0, size=0) -> Metrics:
     metrics = Metrics(CollectorRegistry(), meters=("tokens",), sources=("mqtt",))
-    metrics.watch(Reads(lambda: sums or Sums(), lambda: states, lambda: letters, lambda: 0, lambda: size))
+    metrics.watch(
+        Reads(lambda: sums or Sums(), lambda: states, lambda: letters, lambda: 0, lambda: size)
+    )
     return metrics
 
 
