@@ -18,15 +18,40 @@ T = TypeVar("T")
 Pairs = tuple[tuple[str, str], ...]
 Row = tuple[Any, ...]
 
+# Meters that no usage event can name, and what their counters stand for.
+PERIOD = "meterd.period"  # A period that has ended.
+MILESTONE = "meterd.milestone"  # A tranche that was reached.
+OUTCOME = "meterd.outcome"  # A score.
+OWN = frozenset({PERIOD, MILESTONE, OUTCOME})
+MODELS = frozenset({"standard", "graduated", "volume", "package", "percentage", "dynamic"})
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Up to and including `up_to` nanos (None: no end), picos for `per` units, and flat picos."""
+
+    up_to: int | None
+    price: int
+    flat: int
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Picos of a USDC for `per` units of a meter, where the dimensions are as in `where`."""
+    """Picos of a USDC for `per` units of a meter, where the dimensions are as in `where`.
+
+    `free_units` in nanos; `minimum` and `maximum` of a period in micros, None where there is none.
+    """
 
     meter: str
     price: int
     per: int
     where: Pairs
+    model: str
+    tiers: tuple[Tier, ...]
+    free_units: int
+    minimum: int | None
+    maximum: int | None
+    role: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +73,26 @@ class Counter:
     dimensions: Pairs
     quantity: int
     events: int
+    period: int
+    amount: int  # 10^-21 USDC.
+    number: int  # 0 in a store of version 1.
 
     @property
     def row(self) -> str:
         """The row as a person finds it."""
         where = "".join(f", {name} = {value}" for name, value in self.dimensions)
-        return f"counter ({self.agreement}, card {self.card}, {self.meter}{where})"
+        when = f", period {self.period}" if self.period else ""
+        return f"counter ({self.agreement}, card {self.card}, {self.meter}{where}{when})"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What `count` events of a counter said, each `quantity` nanos."""
+
+    counter: int
+    key: str
+    quantity: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +105,7 @@ class Agreement:
     accrued: Fraction
     events: int
     units: int
+    period: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +114,7 @@ class Escrow:
 
     id: str
     agreement: str
+    role: str
     status: str
     service_status: str
     provider: str | None
@@ -126,6 +167,17 @@ class Books:
     escrows: dict[str, Escrow] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
     accrued: dict[str, Fraction] = field(default_factory=dict)  # By agreement, as recomputed.
+    owed: dict[str, dict[str, Fraction]] = field(default_factory=dict)  # The same, by role.
+    samples: dict[int, list[Sample]] = field(default_factory=dict)  # By the counter's number.
+    taken_back: dict[str, int] = field(default_factory=dict)  # Events, by agreement.
+    # Agreements that may have owed more at an earlier time; None: not looked at yet.
+    shrinking: set[str] | None = None
+    voids: int = 0  # That were accepted, done or not.
+    version: int = 0  # The form of the tables.
+
+    def roles_of(self, agreement: str) -> list[str]:
+        """The roles that an agreement draws on, each once."""
+        return list(dict(self.agreements[agreement].escrows))
 
     def releases_of(self, escrow: str) -> list[Release]:
         """The releases of an escrow, oldest first."""
@@ -147,19 +199,36 @@ def read_books(connection: sqlite3.Connection, findings: Findings) -> Books:
     def rows(table: str, columns: str, make: Callable[[Row], T]) -> Iterator[T]:
         return _rows(connection, findings, table, columns, make)
 
+    (books.version,) = connection.execute("PRAGMA user_version").fetchone()
+    later = books.version > 1
     books.cards = {card.id: card for card in rows("card", "id, text", _card)}
     columns = "agreement, card, meter, dimensions, quantity, events"
+    columns += ", period, amount, number" if later else ", 0, 0, 0"
     books.counters = list(rows("counter", columns, _counter))
-    columns = "id, escrows, closing, accrued, events, units"
+    columns = "id, escrows, closing, accrued, events, units" + (", period" if later else ", 0")
     books.agreements = {row.id: row for row in rows("agreement", columns, _agreement)}
     columns = (
-        "id, agreement, status, service_status, provider, total, baseline, settled, credited,"
+        "id, agreement, role, status, service_status, provider, total, baseline, settled, credited,"
         " observed, remaining, units_settled"
     )
     books.escrows = {row.id: row for row in rows("escrow", columns, _escrow)}
     columns = "id, number, escrow, amount, before, status, units, created_at, changed_at, history"
     books.releases = {row.id: row for row in rows("release", columns, _release)}
+    if later:
+        for sample in rows("sample", "counter, key, quantity, count", _sample):
+            books.samples.setdefault(sample.counter, []).append(sample)
+        _read_voids(connection, books)
     return books
+
+
+def _read_voids(connection: sqlite3.Connection, books: Books) -> None:
+    """Count the events that were taken back: what the journal says, whose chain is looked at."""
+    (pending,) = connection.execute("SELECT count(*) FROM void").fetchone()
+    query = "SELECT count(*) FROM journal WHERE action = 'void_failed'"
+    (failed,) = connection.execute(query).fetchone()
+    query = "SELECT subject, count(*) FROM journal WHERE action = 'event_taken_back' GROUP BY 1"
+    books.taken_back = dict(connection.execute(query))
+    books.voids = pending + failed + sum(books.taken_back.values())
 
 
 def _rows(
@@ -201,35 +270,67 @@ def _pairs(value: object) -> Pairs:
 
 
 def _card(row: Row) -> Card:
-    rates = tuple(
-        Rate(
-            text(rate["meter"]),
-            whole(rate["price"]),
-            whole(rate["per"]),
-            tuple((text(name), text(value)) for name, value in rate["where"]),
-        )
-        for rate in json.loads(text(row[1]))
-    )
+    rates = tuple(map(_rate, json.loads(text(row[1]))))
     for rate in rates:
-        if rate.price < 0 or rate.per < 1:
+        if rate.price < 0 or rate.per < 1 or rate.free_units < 0:
             raise ValueError("a rate with a negative price, or for less than one unit")
+        if rate.model not in MODELS:
+            raise ValueError(f"{rate.model} is no way to charge")
+        if rate.model in ("graduated", "volume"):
+            _look_at_tiers(rate.tiers)
     return Card(text(row[0]), text(row[1]), rates)
 
 
+def _rate(rate: dict[str, Any]) -> Rate:
+    return Rate(
+        text(rate["meter"]),
+        whole(rate["price"]),
+        whole(rate["per"]),
+        tuple((text(name), text(value)) for name, value in rate["where"]),
+        text(rate.get("model", "standard")),
+        tuple(
+            Tier(_maybe(tier["up_to"]), whole(tier["price"]), whole(tier.get("flat", 0)))
+            for tier in rate.get("tiers", ())
+        ),
+        whole(rate.get("free_units", 0)),
+        _maybe(rate.get("minimum")),
+        _maybe(rate.get("maximum")),
+        text(rate.get("role", "main")),
+    )
+
+
+def _maybe(value: object) -> int | None:
+    return None if value is None else whole(value)
+
+
+def _look_at_tiers(tiers: tuple[Tier, ...]) -> None:
+    """Raise `ValueError` where tiers are no ladder with an open end."""
+    ends = [tier.up_to for tier in tiers]
+    closed = [end for end in ends[:-1] if end is not None]
+    if not ends or ends[-1] is not None or len(closed) < len(ends) - 1:
+        raise ValueError("the last of its tiers, and no other, has no end")
+    if sorted(set(closed)) != closed or any(tier.price < 0 or tier.flat < 0 for tier in tiers):
+        raise ValueError("its tiers are out of order, or cost less than nothing")
+
+
 def _counter(row: Row) -> Counter:
-    agreement, card, meter, dimensions, quantity, events = row
+    agreement, card, meter, dimensions, *figures = row
     return Counter(
         text(agreement),
         text(card),
         text(meter),
         _pairs(dimensions),
-        whole(quantity),
-        whole(events),
+        *map(whole, figures),
     )
 
 
+def _sample(row: Row) -> Sample:
+    counter, key, quantity, count = row
+    return Sample(whole(counter), text(key), whole(quantity), whole(count))
+
+
 def _agreement(row: Row) -> Agreement:
-    name, escrows, closing, accrued, events, units = row
+    name, escrows, closing, accrued, events, units, period = row
     numerator, _, denominator = text(accrued).partition("/")
     return Agreement(
         text(name),
@@ -238,14 +339,16 @@ def _agreement(row: Row) -> Agreement:
         Fraction(whole(numerator), whole(denominator)),
         whole(events),
         whole(units),
+        whole(period),
     )
 
 
 def _escrow(row: Row) -> Escrow:
-    name, agreement, status, service_status, provider, *figures = row
+    name, agreement, role, status, service_status, provider, *figures = row
     return Escrow(
         text(name),
         text(agreement),
+        text(role),
         text(status),
         text(service_status),
         None if provider is None else text(provider),

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 from fractions import Fraction
 
-from meterd.audit.books import Agreement, Books, Counter, Escrow, Release
+from meterd.audit.bills import reckon
+from meterd.audit.books import OWN, Agreement, Books, Escrow, Release
 from meterd.audit.findings import Findings
-from meterd.core.money import MICROS, NANOS, PICOS, format_amount, format_exact
+from meterd.audit.usage import check_usage, may_shrink
+from meterd.core.money import MICROS, format_amount, format_exact
 
 OPEN = frozenset({"intended", "sent", "in_doubt", "escalated"})
 LANDED = frozenset({"confirmed", "late"})
@@ -34,7 +36,8 @@ REPEATED = "repeated with the same key"
 def check_books(books: Books, findings: Findings) -> None:
     """Check all that is in the books, and fill in `books.accrued`."""
     _check_cards(books, findings)
-    _check_counters(books, findings)
+    check_usage(books, findings)
+    reckon(books, findings)
     _check_agreements(books, findings)
     for release in books.releases.values():
         _check_release(books, release, findings)
@@ -56,40 +59,14 @@ def _check_cards(books: Books, findings: Findings) -> None:
         )
 
 
-def _check_counters(books: Books, findings: Findings) -> None:
-    """What each counter is worth, by the first rate of its card that fits it."""
-    for counter in books.counters:
-        findings.expect(
-            counter.quantity > 0 and counter.events > 0,
-            "counters",
-            counter.row,
-            f"{counter.quantity} nanos of {counter.events} events: neither may be 0 or less",
-        )
-        worth = _worth(books, counter)
-        if worth is None:
-            findings.broke("counters", counter.row, "no stored rate prices it")
-            continue
-        before = books.accrued.get(counter.agreement, Fraction(0))
-        books.accrued[counter.agreement] = before + worth
-
-
-def _worth(books: Books, counter: Counter) -> Fraction | None:
-    card = books.cards.get(counter.card)
-    dimensions = dict(counter.dimensions)
-    for rate in card.rates if card is not None else ():
-        fits = all(dimensions.get(name, "") == value for name, value in rate.where)
-        if rate.meter == counter.meter and fits:
-            return Fraction(rate.price, PICOS) * Fraction(counter.quantity, NANOS) / rate.per
-    return None
-
-
 def _check_agreements(books: Books, findings: Findings) -> None:
     """An agreement's stored sums are those of its counters."""
     events: dict[str, int] = {}
     units: dict[str, int] = {}
     for counter in books.counters:
         events[counter.agreement] = events.get(counter.agreement, 0) + counter.events
-        units[counter.agreement] = units.get(counter.agreement, 0) + counter.quantity
+        used = 0 if counter.meter in OWN else counter.quantity
+        units[counter.agreement] = units.get(counter.agreement, 0) + used
         findings.expect(
             counter.agreement in books.agreements,
             "references",
@@ -149,7 +126,7 @@ def _check_release(books: Books, release: Release, findings: Findings) -> None:
     )
     agreement = books.agreements.get(escrow.agreement)
     findings.expect(
-        agreement is None or release.units <= agreement.units,
+        agreement is None or release.units <= agreement.units or may_shrink(books, agreement.id),
         "counters",
         row,
         f"it was intended at {release.units} nanos of units, more than were ever counted",
@@ -269,12 +246,28 @@ def _check_level(escrow: Escrow, findings: Findings) -> None:
 
 def _check_paid(books: Books, agreement: Agreement, findings: Findings) -> None:
     """Never more released than used: by meterd, nor, with what was credited, by anybody."""
-    row = f"agreement {agreement.id}"
-    owed = owed_of(books, agreement.id)
-    escrows = [books.escrows[name] for _, name in agreement.escrows if name in books.escrows]
+    named = [books.escrows[name] for _, name in agreement.escrows if name in books.escrows]
+    roles = books.roles_of(agreement.id)
+    for role in roles:
+        row = f"agreement {agreement.id}" + (f", {role}" if len(roles) > 1 else "")
+        escrows = [escrow for escrow in named if escrow.role == role or len(roles) == 1]
+        _check_paid_of(books, row, owed_of(books, agreement.id, role), escrows, findings)
+
+
+def _check_paid_of(
+    books: Books, row: str, owed: int, escrows: list[Escrow], findings: Findings
+) -> None:
+    """The same for all escrows of one role together: which of them paid what is no matter."""
     # What the service lost, and a person accepted as lost, may be paid again.
     paid = sum(escrow.settled + min(0, escrow.credited) for escrow in escrows)
     held = sum(held_of(books, escrow.id) for escrow in escrows)
+    if paid + held > owed and escrows and may_shrink(books, escrows[0].agreement):
+        findings.note(
+            f"{row}: released {format_amount(paid)} + in doubt {format_amount(held)} is more than"
+            f" the {format_amount(owed)} accrued: what was paid before usage was taken back, or"
+            " became cheaper, is credit"
+        )
+        return
     findings.expect(
         paid + held <= owed,
         "released <= used",
@@ -297,9 +290,16 @@ def _check_paid(books: Books, agreement: Agreement, findings: Findings) -> None:
     )
 
 
-def owed_of(books: Books, agreement: str) -> int:
-    """What an agreement owes in whole micros, by the auditor's own sum."""
+def owed_of(books: Books, agreement: str, role: str | None = None) -> int:
+    """What an agreement owes in whole micros, by the auditor's own sum.
+
+    With a role, the part that is drawn on its escrows, where there is more than one.
+    """
     accrued = books.accrued.get(agreement, Fraction(0))
+    roles = books.owed.get(agreement, {})
+    named = books.agreements.get(agreement)
+    if role is not None and named is not None and len(dict(named.escrows)) > 1:
+        accrued = roles.get(role, Fraction(0))
     micros: int = accrued.numerator * MICROS // accrued.denominator
     return micros
 

@@ -25,7 +25,7 @@ from meterd.errors import NotFound, Refused, StoreCorrupt, StoreLocked
 DATABASE = "meterd.db"
 LOCK = "meterd.lock"
 APPLICATION_ID = 0x6D747264
-VERSIONS = range(1, 2)  # The forms of the tables that this auditor can read.
+VERSIONS = range(1, 3)  # The forms of the tables that this auditor can read.
 
 
 @dataclass(frozen=True, slots=True)

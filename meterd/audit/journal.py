@@ -116,8 +116,8 @@ def _check_acts(acts: Acts, books: Books, findings: Findings) -> None:
             _check_silence(acts, books, escrow, findings)
         if escrow.id not in acts.accepted:
             _check_intentions(books, escrow, findings)
-        if escrow.status == "closed" and escrow.id not in acts.uncollectible:
-            _check_closed(books, escrow, findings)
+        if escrow.status == "closed":
+            _check_closed(acts, books, escrow, findings)
 
 
 def _goes_back(release: Release) -> bool:
@@ -203,10 +203,20 @@ def _check_intentions(books: Books, escrow: Escrow, findings: Findings) -> None:
             level += release.amount
 
 
-def _check_closed(books: Books, escrow: Escrow, findings: Findings) -> None:
-    """What is closed is paid to the last quantum, or the journal says what was lost."""
-    paid = max(escrow.observed, escrow.expected) - escrow.baseline
-    unpaid = owed_of(books, escrow.agreement) - paid
+def _check_closed(acts: Acts, books: Books, escrow: Escrow, findings: Findings) -> None:
+    """What is closed is paid to the last quantum, or the journal says what was lost.
+
+    Where an agreement has several escrows of a role, the last of them to be closed answers for all.
+    """
+    mates = [
+        other
+        for other in books.escrows.values()
+        if (other.agreement, other.role) == (escrow.agreement, escrow.role)
+    ]
+    if any(other.status != "closed" or other.id in acts.uncollectible for other in mates):
+        return
+    paid = sum(max(other.observed, other.expected) - other.baseline for other in mates)
+    unpaid = owed_of(books, escrow.agreement, escrow.role) - paid
     findings.expect(
         unpaid <= 0,
         "settled at close",

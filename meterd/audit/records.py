@@ -15,6 +15,7 @@ import numpy.typing as npt
 from meterd.audit.books import Books
 from meterd.audit.findings import BREAKS_MAX, Findings
 from meterd.audit.journal import check_journal
+from meterd.audit.usage import check_holds, check_taken
 
 MARK_BYTES = 20  # Eight of key, eight of rest, four of fingerprint.
 # What the database itself refuses, whatever the code above it does.
@@ -35,6 +36,9 @@ def check_records(connection: sqlite3.Connection, books: Books, findings: Findin
     check_journal(connection, settings, books, findings)
     _check_marks(connection, settings, books, findings)
     _check_dead_letters(connection, findings)
+    if books.version > 1:
+        check_taken(connection, settings.get("marks_from", 0), books, findings)
+        check_holds(connection, findings)
 
 
 def _check_file(connection: sqlite3.Connection, findings: Findings) -> None:
@@ -122,9 +126,12 @@ def _check_distinct(connection: sqlite3.Connection, parts: list[Keys], findings:
 def _check_count(books: Books, marks: int, findings: Findings, *, forgotten: bool) -> None:
     """One mark for each counted event; more of them only for requests to close.
 
-    Where marks have left the window there are fewer, and then only "not more" can be said.
+    An event that was taken back keeps its mark, and each void has two: its own, and one that says
+    that this event was taken back. Where marks have left the window there are fewer, and then only
+    "not more" can be said.
     """
     events = sum(counter.events for counter in books.counters)
+    events += sum(books.taken_back.values()) + 2 * books.voids
     closing = any(agreement.closing for agreement in books.agreements.values())
     findings.expect(
         forgotten or marks >= events,
