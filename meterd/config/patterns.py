@@ -18,7 +18,7 @@ from meterd.config.plans import (
     TierSettings,
 )
 from meterd.config.table import REQUIRED, Found, Place
-from meterd.config.values import EXAMPLE_PRICE, MORE_THAN_NOTHING, Duration
+from meterd.config.values import EXAMPLE_PRICE, MORE_THAN_NOTHING
 from meterd.core import money
 
 # Keys that a pattern cannot do without.
@@ -98,9 +98,10 @@ SHARE_WITHOUT_AN_AMOUNT = (
 HOURS_BELOW_PERIOD = (
     "the service would act before the period ({period}) has ended; write at least {hours}"
 )
-PERIOD_BELOW_DOUBT = (
-    "{period} is shorter than a doubt needs (twice escrow.in_doubt_quarantine and a minute);"
-    ' write at least "{least}", or lower escrow.in_doubt_quarantine'
+DEADLINE_WITHIN_A_DOUBT = (
+    "the service acts after {hours} h, which is no longer than a doubt takes (twice"
+    " escrow.in_doubt_quarantine and a minute), so no fee could be released before; write at least"
+    " {least}, or lower escrow.in_doubt_quarantine"
 )
 AUTO_TO_THE_PAYER = (
     '"auto" leaves the fee to the service, which gives it back (escrow.on_deadline = "consumer");'
@@ -316,13 +317,18 @@ def _service_waits_for_the_period(plan: PlanSettings) -> Found:
 
 
 def period_mistakes(plan: PlanSettings, quarantine_ms: int, on_deadline: str) -> Found:
-    """Yield what keeps a period's fee from being paid by its end."""
-    if plan.span is None or plan.pattern not in PATTERNS_OF["fee"]:
+    """Yield what keeps a period's fee from being paid.
+
+    A period may be as short as one likes: it is the service's own deadline that takes the fee away,
+    and a release so near to it that a doubt could not be resolved is never made.
+    """
+    if plan.pattern not in PATTERNS_OF["fee"] or plan.hours is None:
         return
     needed = 2 * quarantine_ms + DOUBT_MARGIN_MS
-    if plan.span.ms < needed:
-        least = Duration(-(-needed // 1000) * 1000)
-        yield ("period",), PERIOD_BELOW_DOUBT.format(period=plan.span, least=least)
+    if plan.hours * HOUR_MS <= needed:
+        least = needed // HOUR_MS + 1
+        sentence = DEADLINE_WITHIN_A_DOUBT.format(hours=plan.hours, least=least)
+        yield ("auto_release_hours",), sentence
     if plan.at_period_end == "auto" and on_deadline == "consumer":
         yield ("at_period_end",), AUTO_TO_THE_PAYER
 

@@ -115,6 +115,12 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             'write a JSONPath that begins with $, such as "$.usage.total_tokens"',
         ),
     ],
+    "deadline_within_a_doubt": [
+        (
+            "plans.pass.auto_release_hours",
+            "the service acts after 1 h, which is no longer than a doubt takes (twice escrow.in_",
+        ),
+    ],
     "deposit_below_the_fee": [
         (
             "plans.pass.deposit",
@@ -369,12 +375,6 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     "per_below_one": [("plans.calls.rates[0].per", "write at least 1")],
     "percent_above_100": [
         ("plans.share.rates[0].percent", 'must be at most 100; write for example "2.5"'),
-    ],
-    "period_shorter_than_a_doubt": [
-        (
-            "plans.pass.period",
-            "30m is shorter than a doubt needs (twice escrow.in_doubt_quarantine and a minute);",
-        ),
     ],
     "plan_that_never_settles": [
         ("plans.calls.settle", "has no threshold, so nothing would be paid before the deadline"),
