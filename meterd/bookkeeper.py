@@ -36,7 +36,7 @@ from meterd.core.changes import (
 )
 from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
 from meterd.core.holds import Ask, Holds, Verdict
-from meterd.core.ledger import HOUR_MS, VOID_TYPE, Conflict, Ledger, contents
+from meterd.core.ledger import HOUR_MS, OUTCOME_TYPE, VOID_TYPE, Conflict, Ledger, contents
 from meterd.core.meters import Meter
 from meterd.core.openings import Opening
 from meterd.core.plans import AtClose, Plan
@@ -63,6 +63,7 @@ from meterd.core.settlement import (
 from meterd.core.thresholds import due, next_look
 from meterd.errors import InvariantBroken, NotFound, Refused
 from meterd.logs import get_logger
+from meterd.signatures import outcome_flaw
 from meterd.sources import Deliveries
 
 log = get_logger(__name__)
@@ -275,6 +276,8 @@ class Bookkeeper:
         prints = [fingerprint(content) for content in contents(resolved.events)]
         known = self._identities.find(b"".join(digests))
         voided = self._look_up_voids(resolved, digests) if resolved.special else {}
+        if resolved.special:
+            self._refuse_unsigned(resolved)
         # 3. Decide and apply.
         entry = self.ledger.decide(resolved, digests, prints, known)
         buckets = resolved.buckets
@@ -464,6 +467,21 @@ class Bookkeeper:
         """Free the holds that nobody captured in time; their rows go with the next tidying."""
         self._holds_gone += [hold.id for hold in self.holds.expire(now)]
         return tuple(self._holds_gone)
+
+    def _refuse_unsigned(self, resolved: ResolvedBatch) -> None:
+        """Refuse outcomes without their evaluator's signature, where the plan knows its key."""
+        for index, counter, event in zip(
+            resolved.indices, resolved.counters, resolved.events, strict=True
+        ):
+            if counter is None or event.type != OUTCOME_TYPE or index in resolved.refused:
+                continue
+            key = counter.account.plan.outcome_key
+            if key is None:
+                continue
+            score = str(event.score)
+            flaw = outcome_flaw(key, event.agreement, event.id, score, event.signature)
+            if flaw:
+                resolved.refused[index] = Reason.BAD_SIGNATURE, flaw
 
     # -- Events that are taken back ------------------------------------------------------------
 

@@ -80,7 +80,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         # It shares nothing with what it audits but the scales of money.
         "audit": "core.money errors",
         # The door to the money, and the loops on both sides of it.
-        "bookkeeper": "core errors logs sources.__init__",
+        "signatures": "",
+        "bookkeeper": "core errors logs signatures sources.__init__",
         "intake": "bookkeeper core errors logs sources.__init__",
         "settler": "bookkeeper core errors logs",
         "reconciler": "bookkeeper core errors logs",
