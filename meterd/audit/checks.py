@@ -200,7 +200,7 @@ def _check_escrow(books: Books, escrow: Escrow, findings: Findings) -> None:
     )
     agreement = books.agreements.get(escrow.agreement)
     findings.expect(
-        agreement is not None and escrow.id in dict(agreement.escrows).values(),
+        agreement is not None and escrow.id in {name for _, name in agreement.escrows},
         "references",
         row,
         f"agreement {escrow.agreement} does not name it as its own"

@@ -25,15 +25,11 @@ _LATEST = re.compile(r"[0-9]{16} .*", re.DOTALL)
 
 def check_usage(books: Books, findings: Findings) -> None:
     """Check each counter by itself, and the periods that have ended."""
-    seen: dict[int, str] = {}
     for counter in books.counters:
         for detail in (*_flaws(counter), *_sample_flaws(books, counter)):
             findings.broke("counters", counter.row, detail)
-        if books.version > 1 and counter.number in seen:
-            told = f"its number {counter.number} is that of {seen[counter.number]} too"
-            findings.broke("counters", counter.row, told)
-        seen[counter.number] = counter.row
-    for number in sorted(books.samples.keys() - seen.keys()):
+    numbers = {counter.number for counter in books.counters}
+    for number in sorted(books.samples.keys() - numbers):
         findings.broke("references", f"sample of counter {number}", "there is no such counter")
     _check_periods(books, findings)
 
