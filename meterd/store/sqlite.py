@@ -375,7 +375,8 @@ class SqliteStore:
                     self._answer(jobs[0])
                 else:
                     self._write(jobs)
-            self._checkpoint()
+            if self._checkpoint():
+                self._let_go_of_log()
         except BaseException as error:  # noqa: BLE001  # Whatever it is, memory and disk are no longer in step.
             self._give_up(error)
 
@@ -472,6 +473,23 @@ class SqliteStore:
                 raise
             return False
         return True
+
+    def _let_go_of_log(self) -> None:
+        """Say in the header that no log belongs to this file any more: see `foreign_log`.
+
+        So a copy of a directory that was stopped in order is known as one. First it must be durable
+        that the log is empty, or a power cut could bring it back beside that header.
+        """
+        try:
+            with self._wal.open("rb") as log:
+                os.fsync(log.fileno())
+        except FileNotFoundError:
+            return  # Nothing was ever written.
+        try:
+            self._connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        except sqlite3.OperationalError as error:
+            if not _is_full(error):
+                raise
 
     def _keep_house(self) -> None:
         """Without room: look whether there is some again. Else: join small blocks of identities."""
@@ -644,8 +662,8 @@ def foreign_log(database: Path) -> bool:
     """Whether the log beside a database certainly belongs to another one.
 
     A store says in its header, durably and before its log has a byte, that it has one (bytes 18
-    and 19). A file of `meterd backup` says that it has none, and an empty file says nothing: SQLite
-    would lay the log over the one, and delete it beside the other.
+    and 19). One that was closed in order and a file of `meterd backup` say that they have none, and
+    an empty file says nothing: SQLite would lay the log over these, and delete it beside that.
     """
     if not _size(database.with_name(f"{database.name}-wal")):
         return False
