@@ -214,6 +214,8 @@ class World:
     async def settle(self) -> None:
         """All is counted, closed and paid, exactly; the daemon stops in order."""
         self.daemon.wait_ready()
+        # Behind what was sent before, so that no repetition comes for a closed agreement.
+        await _feed_all(self, [self.workload.event(name) for name in ("mqtt", "redis")])
         await wait_until(lambda: _equal(self._counted, dict(self.workload.distinct)), 60)
         for escrow in self.workload.agreements:
             url = f"{self.daemon.url}/v1/agreements/{escrow}/close"
