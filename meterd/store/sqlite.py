@@ -665,12 +665,27 @@ def foreign_log(database: Path) -> bool:
     and 19). One that was closed in order and a file of `meterd backup` say that they have none, and
     an empty file says nothing: SQLite would lay the log over these, and delete it beside that.
     """
-    if not _size(database.with_name(f"{database.name}-wal")):
+    log = database.with_name(f"{database.name}-wal")
+    if not _size(log):
         return False
     if not _size(database):
         return True
     with database.open("rb") as file:
-        return file.read(20)[18:20] == b"\1\1"
+        if file.read(20)[18:20] != b"\1\1":
+            return False
+    return not _says_goodbye(log)
+
+
+def _says_goodbye(log: Path) -> bool:
+    """Whether the log itself brings the header that says there is none.
+
+    If the log could not be deleted in closing, SQLite writes that header by way of it, and a power
+    cut may leave both. The log's first page, page 1, lies behind 32 bytes of its own and 24 of the
+    page's.
+    """
+    with log.open("rb") as file:
+        start = file.read(76)
+    return start[32:36] == b"\0\0\0\1" and start[74:] == b"\1\1"
 
 
 def _refuse_foreign_log(database: Path) -> None:
