@@ -804,3 +804,344 @@ def test_misfit_is_named_in_these_words(fields, text):
     state = replace(ACTIVE, reading=None, suspicion=(text, 99.5))
 
     assert (state, (Blocked(text),)) == step(ACTIVE, observed(seen(**fields)), RULES)
+
+
+CREDITING = replace(RULES, credit_foreign=True)
+STRICT = replace(RULES, strict=True)
+MORE = ("more was released than meterd asked for", 89.5)
+DAY_MS = 24 * 3600 * 1000
+
+
+def frozen_for(reason, state, reading, **fields):
+    """Frozen by a reading, and the alarm that tells of it."""
+    frozen = after(state, reading, status=EscrowStatus.FROZEN, reason=reason, **fields)
+    return frozen, (Alarm("escrow_frozen", reason),)
+
+
+def escalated_for(detail, release, reading, wall=W, **fields):
+    """Left to a person by a reading: the record, and the alarm."""
+    raised = moved(release, ReleaseStatus.ESCALATED, detail, wall)
+    frozen, alarms = frozen_for(
+        f"release r needs a person: {detail}", with_(raised, **fields), reading
+    )
+    return frozen, (Record(raised), *alarms)
+
+
+def void_at(wall):
+    """One given up at this moment."""
+    return replace(OTHER_VOID, history=((wall, "void", "x"),))
+
+
+RULED = {
+    "somebody else's release is credited": (
+        CREDITING,
+        replace(ACTIVE, suspicion=MORE),
+        observed(seen(290), 240),
+        after(ACTIVE, seen(290), credited=40),
+        (
+            Alarm(
+                "foreign_release_credited",
+                "0.00001 USDC more were released than meterd asked for",
+            ),
+        ),
+    ),
+    "somebody else's release freezes": (
+        RULES,
+        replace(ACTIVE, suspicion=MORE),
+        observed(seen(290), 240),
+        *frozen_for(
+            "somebody else released: 0.00001 USDC more were released than meterd asked for",
+            ACTIVE,
+            seen(290),
+            suspicion=MORE,
+        ),
+    ),
+    "an overpayment freezes though it would be credited": (
+        CREDITING,
+        replace(ACTIVE, suspicion=MORE),
+        observed(seen(290), 239),
+        *frozen_for(
+            "overpaid by 0.000001 USDC: 0.00001 USDC more were released than meterd asked for",
+            ACTIVE,
+            seen(290),
+            suspicion=MORE,
+        ),
+    ),
+    "more, not yet apart": (
+        RULES,
+        replace(ACTIVE, suspicion=(MORE[0], 89.6)),
+        observed(seen(290)),
+        after(ACTIVE, seen(290), suspicion=(MORE[0], 89.6)),
+        (Blocked(MORE[0]),),
+    ),
+    "a void by its id": (
+        RULES,
+        replace(ACTIVE, voids=(VOID,), suspicion=MORE, quarantine_factor=4),
+        observed(seen(290, release_ids=frozenset({"r"}))),
+        after(
+            ACTIVE,
+            seen(290, release_ids=frozenset({"r"})),
+            voids=(moved(VOID, ReleaseStatus.LATE, "landed after it was given up"),),
+            settled=300,
+            quarantine_factor=16,
+            status=EscrowStatus.FROZEN,
+            reason="release r landed after it was given up",
+        ),
+        (
+            Record(moved(VOID, ReleaseStatus.LATE, "landed after it was given up")),
+            Alarm("escrow_frozen", "release r landed after it was given up"),
+        ),
+    ),
+    "a void in the history alone": (
+        RULES,
+        replace(ACTIVE, voids=(VOID,)),
+        observed(seen(release_ids=frozenset({"r"}))),
+        after(
+            ACTIVE,
+            seen(release_ids=frozenset({"r"})),
+            voids=(VOID,),
+            suspicion=("the service's history shows release r, its totals do not", 99.5),
+        ),
+        (Blocked("the service's history shows release r, its totals do not"),),
+    ),
+    "a booked one in the history": (
+        RULES,
+        replace(ACTIVE, voids=(replace(VOID, status=ReleaseStatus.LATE),)),
+        observed(seen(release_ids=frozenset({"r"}))),
+        after(
+            ACTIVE,
+            seen(release_ids=frozenset({"r"})),
+            voids=(replace(VOID, status=ReleaseStatus.LATE),),
+        ),
+        (),
+    ),
+    "absent, but strict": (
+        STRICT,
+        with_(SIGHTED),
+        observed(seen()),
+        *escalated_for("absent, and strict = true leaves it to a person", SIGHTED, seen()),
+    ),
+    "absent, but one too many": (
+        RULES,
+        with_(SIGHTED, voids=(void_at(DAY_MS + 1),)),
+        Observed(seen(), M, 2 * DAY_MS, 230),
+        *escalated_for(
+            "absent, but this escrow had its void of the day",
+            SIGHTED,
+            seen(),
+            wall=2 * DAY_MS,
+            voids=(void_at(DAY_MS + 1),),
+        ),
+    ),
+    "absent, a day after the last": (
+        RULES,
+        with_(SIGHTED, voids=(void_at(DAY_MS),)),
+        Observed(seen(), M, 2 * DAY_MS, 230),
+        after(
+            with_(
+                None,
+                voids=(
+                    void_at(DAY_MS),
+                    moved(SIGHTED, ReleaseStatus.VOID, "absent after the quarantine", 2 * DAY_MS),
+                ),
+                next_mono=M,
+            ),
+            seen(),
+        ),
+        (Record(moved(SIGHTED, ReleaseStatus.VOID, "absent after the quarantine", 2 * DAY_MS)),),
+    ),
+    "absent twice, not yet apart": (
+        RULES,
+        with_(replace(SIGHTED, sighted_mono=89.6)),
+        observed(seen()),
+        after(with_(replace(SIGHTED, sighted_mono=89.6)), seen()),
+        (),
+    ),
+    "absent, the quarantine has grown": (
+        RULES,
+        with_(DOUBTED, quarantine_factor=4),
+        observed(seen()),
+        after(with_(DOUBTED, quarantine_factor=4), seen()),
+        (),
+    ),
+    "absent when frozen": (
+        RULES,
+        replace(FROZEN, release=SIGHTED),
+        observed(seen()),
+        after(replace(FROZEN, release=SIGHTED), seen()),
+        (),
+    ),
+    "its answer is still to come": (
+        RULES,
+        with_(SENT),
+        observed(seen(380)),
+        after(with_(SENT), seen(380)),
+        (),
+    ),
+    "ended with a rest": (
+        RULES,
+        ACTIVE,
+        observed(seen(status="expired"), 231),
+        after(
+            ACTIVE,
+            seen(status="expired"),
+            status=EscrowStatus.CLOSED,
+            reason="the service says 'expired'",
+        ),
+        (Alarm("uncollectible", "ended with 0.000001 USDC unsettled"),),
+    ),
+    "wound up again": (
+        RULES,
+        after(
+            ACTIVE,
+            seen(status="completed"),
+            status=EscrowStatus.PAUSED,
+            reason="the service says 'completed'",
+        ),
+        observed(seen(status="completed")),
+        after(
+            ACTIVE,
+            seen(status="completed"),
+            status=EscrowStatus.PAUSED,
+            reason="the service says 'completed'",
+        ),
+        (),
+    ),
+    "of the same moment": (RULES, ACTIVE, observed(seen(mono=99.0)), ACTIVE, ()),
+    "frozen, and level": (RULES, FROZEN, observed(seen()), after(FROZEN, seen()), ()),
+    "frozen, and more": (RULES, FROZEN, observed(seen(290)), after(FROZEN, seen(290)), ()),
+    "closed": (
+        RULES,
+        replace(ACTIVE, status=EscrowStatus.CLOSED),
+        observed(seen(290)),
+        after(replace(ACTIVE, status=EscrowStatus.CLOSED), seen(290)),
+        (),
+    ),
+    "ended though more was released": (
+        RULES,
+        ACTIVE,
+        observed(seen(290, status="released"), 240),
+        after(
+            ACTIVE,
+            seen(290, status="released"),
+            status=EscrowStatus.CLOSED,
+            reason="the service says 'released'",
+        ),
+        (),
+    ),
+    "first, but ended": (
+        RULES,
+        FRESH,
+        observed(seen(status="expired")),
+        replace(
+            FRESH,
+            reading=seen(status="expired"),
+            reason="first reading taken: the service says 'expired'",
+        ),
+        (),
+    ),
+    "ended before it was adopted": (
+        RULES,
+        replace(FRESH, reading=seen(mono=80.0, status="expired")),
+        observed(seen(mono=90.0, status="expired"), 1),
+        replace(
+            FRESH,
+            reading=seen(mono=80.0, status="expired"),
+            status=EscrowStatus.CLOSED,
+            service_status="expired",
+            reason="it ended before it was adopted: the service says 'expired'",
+        ),
+        (
+            Alarm(
+                "uncollectible",
+                "it ended before it was adopted: the service says 'expired', "
+                "with 0.000001 USDC unpaid",
+            ),
+        ),
+    ),
+    "not adopted before the gap": (
+        RULES,
+        replace(FRESH, reading=seen(mono=80.0)),
+        observed(seen(mono=89.9)),
+        replace(FRESH, reading=seen(mono=80.0)),
+        (),
+    ),
+    "key refused": (
+        RULES,
+        with_(SENT),
+        said(AnswerKind.KEY_REFUSED),
+        with_(
+            None,
+            reading=None,
+            failures=3,
+            next_mono=M + 16.0,
+            status=EscrowStatus.PAUSED,
+            reason="said so",
+        ),
+        (
+            Record(moved(SENT, ReleaseStatus.DECLINED, "said so")),
+            Alarm("release_key_refused", "said so"),
+        ),
+    ),
+    "at most release_max": (
+        RULES,
+        ACTIVE,
+        replace(DUE, owed=700),
+        with_(replace(NEW, amount=400)),
+        (Record(replace(NEW, amount=400)), Confirm()),
+    ),
+    "at most what remains": (
+        RULES,
+        replace(ACTIVE, total=500, remaining=220, reading=seen(total=500, remaining=220)),
+        replace(DUE, owed=700),
+        replace(
+            ACTIVE,
+            total=500,
+            remaining=220,
+            reading=seen(total=500, remaining=220),
+            release=replace(NEW, amount=220),
+        ),
+        (Record(replace(NEW, amount=220)), Confirm()),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("rules", "state", "event", "expected", "effects"), RULED.values(), ids=RULED
+)
+def test_edge_under_its_rules_leads_to_this_very_state(rules, state, event, expected, effects):
+    """Nothing else is touched, and nothing else is carried out."""
+    assert (expected, effects) == step(state, event, rules)
+
+
+@pytest.mark.parametrize(
+    ("fields", "landed"),
+    [
+        ({"amount": 100}, True),
+        ({"released": 380}, True),
+        ({"amount": 100, "released": 380}, True),
+        ({"amount": 100, "released": 381}, False),
+        ({"amount": 101, "released": 380}, False),
+        ({"amount": 101}, False),
+        ({"released": 379}, False),
+        ({}, False),
+    ],
+)
+def test_confirmation_counts_when_all_that_it_says_fits(fields, landed):
+    """The amount, the total, or both; nothing said is nothing confirmed."""
+    state, _ = step(with_(SENT), said(AnswerKind.CONFIRMED, **fields), RULES)
+
+    assert (state.release is None) is landed
+    assert state.settled == (300 if landed else 200)
+
+
+def test_payable_is_what_is_missing_to_the_level():
+    """From the baseline, within the total, less what was released or may have been."""
+    assert 300 == ACTIVE.payable(530)
+    assert 720 == ACTIVE.payable(10_000)
+    assert 200 == with_(SENT).payable(530)
+    assert 0 == ACTIVE.payable(0)
+    assert 290 == replace(ACTIVE, observed=290).payable(530)
+    assert 5 == replace(ACTIVE, remaining=5).payable(530)
+    assert 300 == ACTIVE.unsettled(530)
+    assert -280 + 50 == ACTIVE.unsettled(0)
