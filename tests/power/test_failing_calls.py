@@ -45,9 +45,13 @@ HARMLESS = {
     # it again before it can tell anything.
     ("sync_names", "meterd.db-journal"),
     ("sync_names", "meterd.db-wal"),
-    # In closing, when all of the log is in the database, and the journal is of no use any more.
+}
+# In closing, when all is in the database: SQLite tidies up and tells nobody what failed.
+TIDYING = {
     ("unlink", "meterd.db-wal"),
     ("unlink", "meterd.db-journal"),
+    ("sync", "meterd.db-journal"),
+    ("size", "meterd.db-journal"),
 }
 
 
@@ -97,6 +101,7 @@ async def cycle(rig: Rig, on_retry: Callable[[], None], stages: list[str]) -> No
     store = open_store(rig)
     try:
         assert first + BATCHES[-1][-1] == last_change(store)
+        stages.append("closing again")
     finally:
         await store.close()
     if store.failure is not None:
@@ -117,13 +122,14 @@ class Ran:
     again: str  # How far it came with room, in a second cycle where the first one failed.
 
 
-def run(rig: Rig, machine: Machine, failing: Failing) -> tuple[str, StoreFailed | None, int]:
-    """Run a cycle with these failures: its last stage, its error, and tellings after a failure."""
+def run(rig: Rig, machine: Machine, failing: Failing) -> tuple[str, StoreFailed | None, bool, int]:
+    """Run a cycle: its last stage, its error, if all failures were harmless, tellings after one."""
     marks: list[int] = []
 
     def fault(kind: str, name: str) -> int:
         code = failing(kind, name)
-        if code and (kind, name) not in HARMLESS:
+        tidying = stages[-1].startswith("closing") and (kind, name) in TIDYING
+        if code and not tidying and (kind, name) not in HARMLESS:
             marks.append(len(machine.calls))
         return code
 
@@ -136,7 +142,7 @@ def run(rig: Rig, machine: Machine, failing: Failing) -> tuple[str, StoreFailed 
         error = caught
     machine.fault = None
     after = machine.calls[marks[0] :] if marks else []
-    return stages[-1], error, sum(call.kind == "told" for call in after)
+    return stages[-1], error, not marks, sum(call.kind == "told" for call in after)
 
 
 def copied(machine: Machine) -> Machine:
@@ -170,7 +176,7 @@ def every_k(
             for k in range(1, 10_000):
                 machine, disk = start()
                 failing = Failing(k, code, lasting, kinds)
-                stage, error, told_after = run(rig, machine, failing)
+                stage, error, harmless, told_after = run(rig, machine, failing)
                 if not failing.failed:
                     break
                 for call in machine.calls:
@@ -180,8 +186,7 @@ def every_k(
                 sounds = [sound(rig, files, disk.told, where) for files in left]
                 again = stage
                 if error is not None and code == errno.ENOSPC:
-                    again, _, _ = run(rig, machine, Failing(0, 0, lasting=False))
-                harmless = HARMLESS.issuperset(failing.failed)
+                    again, *_ = run(rig, machine, Failing(0, 0, lasting=False))
                 yield Ran(failing.failed[0], harmless, stage, error, told_after, all(sounds), again)
 
 
