@@ -286,6 +286,9 @@ def _seed() -> int:
     return seed
 
 
+@pytest.mark.timeout(
+    1800
+)  # Twenty seconds of one core, which a busy machine may not have for long.
 def test_power_cut_anywhere_loses_nothing_that_was_told(tmp_path):
     """Thousands of cuts: the store opens, nothing told is lost, and no change is halved."""
     seed = _seed()

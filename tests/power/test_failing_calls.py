@@ -27,6 +27,8 @@ from tests.power.life import last_change
 from tests.power.memory import Machine, Rig
 from tests.power.run import commit, open_store, sound
 
+pytestmark = pytest.mark.timeout(1800)  # Seconds of one core, which a busy machine may not have.
+
 BATCHES = ((1,), (2, 3, 4), (5,), (6,))  # Bind, usage, an intention, its outcome.
 CUTS = 2  # After each failure.
 ROOM = {"write", "create", "allocate", "mkdir"}  # The calls that a full disk refuses.

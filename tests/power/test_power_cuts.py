@@ -53,6 +53,7 @@ def cut_stores(rig: Rig, seed: int, cuts: int) -> Tally:
     return tally
 
 
+@pytest.mark.timeout(1800)  # Half a minute of one core, which a busy machine may not have for long.
 def test_power_cut_anywhere_loses_nothing_that_was_told(rig, seed):
     """Twenty thousand cuts, of stores that are new and of stores that were cut before."""
     tally = cut_stores(rig, seed, CUTS)
