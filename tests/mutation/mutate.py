@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -46,13 +47,29 @@ class Mutant:
         return self.name.split(".")[2]
 
 
-def stage(directory: Path) -> None:
-    """Put there what mutmut needs: the package, the tests of the core, the settings."""
+def stage(directory: Path, modules: Sequence[str] = ()) -> None:
+    """Put there what mutmut needs: the package, the tests of the core, the settings.
+
+    With modules, these alone are mutated, and their own tests alone must notice it.
+    """
     unwanted = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "meterd", directory / "meterd", ignore=unwanted)
     tests = Path("tests/unit/core")
     shutil.copytree(ROOT / tests, directory / tests, ignore=unwanted)
-    shutil.copy(ROOT / "pyproject.toml", directory)
+    text = (ROOT / "pyproject.toml").read_text()
+    if modules:
+        found = [path for one in modules for path in sorted((ROOT / tests).glob(f"test_{one}*.py"))]
+        text = _with(text, "only_mutate", [str(CORE / f"{module}.py") for module in modules])
+        own = [str(tests / path.name) for path in found]
+        text = _with(text, "pytest_add_cli_args_test_selection", own)
+    (directory / "pyproject.toml").write_text(text)
+
+
+def _with(text: str, key: str, values: Sequence[str]) -> str:
+    """Give a key of mutmut's table, which stands on one line, another list."""
+    changed, times = re.subn(rf"(?m)^{key} = .*$", f"{key} = {json.dumps(values)}", text)
+    assert times == 1, f"{key} does not stand on one line of pyproject.toml"
+    return changed
 
 
 def mutate(directory: Path, names: Sequence[str], *, seconds: float | None = None) -> list[Mutant]:
