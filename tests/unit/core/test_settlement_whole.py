@@ -950,6 +950,23 @@ RULED = {
         ),
         (Record(moved(SIGHTED, ReleaseStatus.VOID, "absent after the quarantine", 2 * DAY_MS)),),
     ),
+    "absent, the second of two a day": (
+        replace(RULES, voids_per_day=2),
+        with_(SIGHTED, voids=(void_at(W),)),
+        observed(seen()),
+        after(
+            with_(
+                None,
+                voids=(
+                    void_at(W),
+                    moved(SIGHTED, ReleaseStatus.VOID, "absent after the quarantine"),
+                ),
+                next_mono=M,
+            ),
+            seen(),
+        ),
+        (Record(moved(SIGHTED, ReleaseStatus.VOID, "absent after the quarantine")),),
+    ),
     "absent twice, not yet apart": (
         RULES,
         with_(replace(SIGHTED, sighted_mono=89.6)),
