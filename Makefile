@@ -21,7 +21,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench soak lock clean servers
+.PHONY: help demo test check bench soak mutate lock clean servers
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s%s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ bench: $(venv)/dev.stamp servers ## Measure on this machine.
 
 soak: $(venv)/dev.stamp servers ## Run the long tests.
 	@$(python) -m pytest -m soak $(ARGS)
+
+mutate: $(venv)/dev.stamp ## See whether the tests of the core notice mistakes in it (half an hour).
+	@$(python) -m tests.mutation.mutate $(ARGS)
 
 lock: ## Choose the newest fitting packages anew (needs uv; UPGRADE= keeps what can be kept).
 	$(compile) $(UPGRADE) --extra demo --extra plot --group test --group build -o requirements-dev.lock

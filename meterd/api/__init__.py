@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from meterd import __version__
-from meterd.api import pages, problems
+from meterd.api import openapi, pages, problems
 from meterd.api.agreements import Agreements
 from meterd.api.auth import Guard
 from meterd.api.backup import Backup
@@ -117,7 +117,8 @@ def _calls(parts: Parts) -> list[Call]:
         Status,
         Health,
     )
-    return [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
+    calls = [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
+    return [*calls, openapi.call_for(calls)]
 
 
 def _observed(instruments: Instruments) -> Middleware:

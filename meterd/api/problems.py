@@ -106,7 +106,7 @@ def middleware(
 def _of_http(error: web.HTTPException, request: web.Request, body_limit: int) -> Problem:
     """Say what aiohttp refuses by itself in our form."""
     details = {
-        404: "there is no such address; the calls are listed in docs/api.md",
+        404: "there is no such address; the calls are listed at /openapi.json",
         405: f"{request.method[:16]} is not possible here; see the Allow header",
         413: f"the body has more than {body_limit} bytes (http.body_limit); send less at once",
     }

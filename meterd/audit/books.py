@@ -127,6 +127,11 @@ class Escrow:
     units_settled: int
 
     @property
+    def adopted(self) -> bool:
+        """Whether two readings have made its baseline; before that its figures mean nothing."""
+        return self.total > 0
+
+    @property
     def expected(self) -> int:
         """What the service should show as released, when nothing is open."""
         return self.baseline + self.settled + self.credited

@@ -17,7 +17,16 @@ from meterd.cli.daemon import WrongUse
 from meterd.cli.options import Config, Yes
 from meterd.cli.screen import plain
 from meterd.core.money import BadNumber, parse_amount
+from meterd.core.plans import Pattern
 from meterd.errors import MeterdError, Mistake
+
+
+DEMO_SECONDS = 60
+LIFE_SECONDS = 15  # One pattern's.
+ForPattern = Annotated[
+    Pattern | None,
+    typer.Option("--pattern", metavar="NAME", help=f"One of {', '.join(Pattern)}."),
+]
 
 
 class Deadline(StrEnum):
@@ -35,20 +44,39 @@ def run(config: Config = None) -> None:
 
 
 def demo(
+    pattern: ForPattern = None,
     crash: Annotated[
         bool, typer.Option("--crash", help="Kill the daemon again and again meanwhile.")
     ] = False,
     seconds: Annotated[
-        int, typer.Option("--seconds", metavar="N", min=1, max=86_400, help="How long it runs.")
-    ] = 60,
+        int | None,
+        typer.Option(
+            "--seconds",
+            metavar="N",
+            min=1,
+            max=86_400,
+            help=f"How long it runs: {DEMO_SECONDS}, or {LIFE_SECONDS} with --pattern.",
+        ),
+    ] = None,
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the dashboard in a browser.")
     ] = True,
 ) -> None:
-    """Run everything on this machine, with nothing installed beside, and check the sums."""
+    """Run everything on this machine, with nothing installed beside, and check the sums.
+
+    With --pattern: the whole life of an agreement under that pattern's example configuration.
+    """
+    from meterd import config as configuration
     from meterd import demo as show
 
-    raise typer.Exit(show.run(crash=crash, seconds=seconds, no_browser=not browser))
+    if pattern is None:
+        length = DEMO_SECONDS if seconds is None else seconds
+        raise typer.Exit(show.run(crash=crash, seconds=length, no_browser=not browser))
+    if crash:
+        raise WrongUse("--pattern plays one life to its end; leave out --crash")
+    text = configuration.example(pattern.value)
+    length = LIFE_SECONDS if seconds is None else seconds
+    raise typer.Exit(show.run_pattern(pattern.value, text, seconds=length))
 
 
 def sandbox(
@@ -181,11 +209,11 @@ def version() -> None:
     sys.stdout.write(f"meterd {__version__}\n")
 
 
-def config_example() -> None:
+def config_example(pattern: ForPattern = None) -> None:
     """Print a configuration with every key, its default and a comment."""
     from meterd import config as configuration
 
-    sys.stdout.write(configuration.example())
+    sys.stdout.write(configuration.example("" if pattern is None else pattern.value))
 
 
 def config_schema() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from meterd.config.plans import PlanSettings, RateSettings, SettleSettings
+from meterd.config.plans import PATTERNS, PlanSettings, RateSettings, SettleSettings
 from meterd.config.reading import find, load, parse
 from meterd.config.settings import (
     AgreementSettings,
@@ -35,6 +35,7 @@ from meterd.config.settings import (
 from meterd.config.values import Address, Duration, Secret
 
 __all__ = [
+    "PATTERNS",
     "Address",
     "AgreementSettings",
     "DaemonSettings",
@@ -66,9 +67,14 @@ __all__ = [
 ]
 
 
-def example() -> str:
-    """A configuration with every key, its default and a comment; the same as config/meterd.toml."""
-    return Path(__file__).with_name("example.toml").read_text(encoding="utf-8")
+def example(pattern: str = "") -> str:
+    """A configuration with every key, its default and a comment; the same as config/meterd.toml.
+
+    With the name of a billing pattern, a whole example of it: the same as config/PATTERN.toml.
+    """
+    here = Path(__file__).parent
+    file = here / "examples" / f"{pattern}.toml" if pattern else here / "example.toml"
+    return file.read_text(encoding="utf-8")
 
 
 def schema() -> dict[str, Any]:

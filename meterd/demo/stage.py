@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -86,8 +86,8 @@ class Addresses:
 
     daemon: str
     escrow: str
-    redis_port: int | None
-    mqtt_port: int | None
+    redis_port: int | None = None
+    mqtt_port: int | None = None
 
 
 class Stage:
@@ -98,6 +98,7 @@ class Stage:
         self._children: list[Child] = []
         self._session: aiohttp.ClientSession | None = None
         self.daemon: Child
+        self.port: int
         self.addresses: Addresses
 
     async def __aenter__(self) -> Self:
@@ -118,25 +119,18 @@ class Stage:
             await self._session.close()
 
     @property
+    def data_dir(self) -> Path:
+        """Where the daemon keeps its data."""
+        return self._directory / "state"
+
+    @property
     def dashboard(self) -> str:
         """The address of the daemon's page."""
         return f"{self.addresses.daemon}/"
 
     async def build(self, console: Console, *, crash: bool) -> None:
         """Start everything, and say what runs where. Raises `MeterdError`."""
-        escrow_port, port = free_port(8788), free_port(DASHBOARD_PORT)
-        escrow = f"http://127.0.0.1:{escrow_port}"
-        sandbox = Child(
-            "sandbox",
-            [
-                *(sys.executable, "-m", "meterd", "sandbox"),
-                *("--listen", f"127.0.0.1:{escrow_port}"),
-                *("--data-file", str(self._directory / "sandbox.db")),
-            ],
-            self._directory / "sandbox.log",
-        )
-        await self._add(sandbox, f"{escrow}/_totals")
-        console.print(f"Escrow service   {escrow}  (the sandbox; its money is made up)")
+        await self.open_service(console)
         redis = await brokers.redis(self._directory / "redis")
         if redis is not None:
             self._children.append(redis.child)
@@ -160,20 +154,43 @@ class Stage:
             )
             mqtt = None
         config = CONFIG.format(
-            directory=self._directory, port=port, escrow=escrow, key=PROVIDER_KEY
+            directory=self._directory,
+            port=self.port,
+            escrow=self.addresses.escrow,
+            key=PROVIDER_KEY,
         )
         if redis is not None:
             config += REDIS.format(port=redis.port)
         if mqtt is not None:
             config += MQTT.format(port=mqtt.port, protocol=mqtt.protocol)
-        path = self._directory / "meterd.toml"
-        path.write_text(config)
-        self.addresses = Addresses(
-            daemon=f"http://127.0.0.1:{port}",
-            escrow=escrow,
+        self.addresses = replace(
+            self.addresses,
             redis_port=None if redis is None else redis.port,
             mqtt_port=None if mqtt is None else mqtt.port,
         )
+        await self.open_daemon(console, config)
+
+    async def open_service(self, console: Console) -> None:
+        """Start the escrow service; addresses are settled from now on. Raises `MeterdError`."""
+        escrow_port, self.port = free_port(8788), free_port(DASHBOARD_PORT)
+        escrow = f"http://127.0.0.1:{escrow_port}"
+        self.addresses = Addresses(f"http://127.0.0.1:{self.port}", escrow)
+        sandbox = Child(
+            "sandbox",
+            [
+                *(sys.executable, "-m", "meterd", "sandbox"),
+                *("--listen", f"127.0.0.1:{escrow_port}"),
+                *("--data-file", str(self._directory / "sandbox.db")),
+            ],
+            self._directory / "sandbox.log",
+        )
+        await self._add(sandbox, f"{escrow}/_totals")
+        console.print(f"Escrow service   {escrow}  (the sandbox; its money is made up)")
+
+    async def open_daemon(self, console: Console, config: str) -> None:
+        """Start meterd on a configuration. Raises `MeterdError`."""
+        path = self._directory / "meterd.toml"
+        path.write_text(config)
         self.daemon = Child(
             "meterd",
             [sys.executable, "-m", "meterd", "run", "-c", str(path)],

@@ -391,7 +391,8 @@ class SqliteStore:
                     self._answer(jobs[0])
                 else:
                     self._write(jobs)
-            self._checkpoint()
+            if self._checkpoint():
+                self._let_go_of_log()
         except BaseException as error:  # noqa: BLE001  # Whatever it is, memory and disk are no longer in step.
             self._give_up(error)
 
@@ -488,6 +489,23 @@ class SqliteStore:
                 raise
             return False
         return True
+
+    def _let_go_of_log(self) -> None:
+        """Say in the header that no log belongs to this file any more: see `foreign_log`.
+
+        So a copy of a directory that was stopped in order is known as one. First it must be durable
+        that the log is empty, or a power cut could bring it back beside that header.
+        """
+        try:
+            with self._wal.open("rb") as log:
+                os.fsync(log.fileno())
+        except FileNotFoundError:
+            return  # Nothing was ever written.
+        try:
+            self._connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        except sqlite3.OperationalError as error:
+            if not _is_full(error):
+                raise
 
     def _keep_house(self) -> None:
         """Without room: look whether there is some again. Else: join small blocks of identities."""
@@ -660,15 +678,30 @@ def foreign_log(database: Path) -> bool:
     """Whether the log beside a database certainly belongs to another one.
 
     A store says in its header, durably and before its log has a byte, that it has one (bytes 18
-    and 19). A file of `meterd backup` says that it has none, and an empty file says nothing: SQLite
-    would lay the log over the one, and delete it beside the other.
+    and 19). One that was closed in order and a file of `meterd backup` say that they have none, and
+    an empty file says nothing: SQLite would lay the log over these, and delete it beside that.
     """
-    if not _size(database.with_name(f"{database.name}-wal")):
+    log = database.with_name(f"{database.name}-wal")
+    if not _size(log):
         return False
     if not _size(database):
         return True
     with database.open("rb") as file:
-        return file.read(20)[18:20] == b"\1\1"
+        if file.read(20)[18:20] != b"\1\1":
+            return False
+    return not _says_goodbye(log)
+
+
+def _says_goodbye(log: Path) -> bool:
+    """Whether the log itself brings the header that says there is none.
+
+    If the log could not be deleted in closing, SQLite writes that header by way of it, and a power
+    cut may leave both. The log's first page, page 1, lies behind 32 bytes of its own and 24 of the
+    page's.
+    """
+    with log.open("rb") as file:
+        start = file.read(76)
+    return start[32:36] == b"\0\0\0\1" and start[74:] == b"\1\1"
 
 
 def _refuse_foreign_log(database: Path) -> None:

@@ -214,6 +214,8 @@ class World:
     async def settle(self) -> None:
         """All is counted, closed and paid, exactly; the daemon stops in order."""
         self.daemon.wait_ready()
+        # Behind what was sent before, so that no repetition comes for a closed agreement.
+        await _feed_all(self, [self.workload.event(name) for name in ("mqtt", "redis")])
         await wait_until(lambda: _equal(self._counted, dict(self.workload.distinct)), 60)
         for escrow in self.workload.agreements:
             url = f"{self.daemon.url}/v1/agreements/{escrow}/close"
@@ -331,17 +333,27 @@ async def _feed_all(world: World, events: Sequence[dict[str, object]]) -> None:
     stream = redis.asyncio.Redis.from_url(world.redis.url)
     try:
         for event in events:
-            topic = f"meterd/usage/{event['escrow_id']}/{event['meter']}"
             if str(event["id"]).startswith("mqtt"):
-                info = client.publish(topic, json.dumps(event), qos=1)
-                while not info.is_published():
-                    await asyncio.sleep(0.001)
+                await _published(client, event)
             else:
                 await _added(stream, event)
     finally:
         await stream.aclose()
         client.disconnect()
         client.loop_stop()
+
+
+async def _published(client: paho.Client, event: dict[str, object]) -> None:
+    topic = f"meterd/usage/{event['escrow_id']}/{event['meter']}"
+    while True:
+        info = client.publish(topic, json.dumps(event), qos=1)
+        try:
+            while not info.is_published():
+                await asyncio.sleep(0.001)
+        except RuntimeError:  # Not connected: it may or may not go out later, so it goes again.
+            await asyncio.sleep(0.1)
+        else:
+            return
 
 
 async def _added(stream: redis.asyncio.Redis, event: dict[str, object]) -> None:

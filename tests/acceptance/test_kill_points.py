@@ -269,7 +269,10 @@ class Stage:
             assert self.owed(agreement).quantize(QUANTUM, ROUND_FLOOR) == self.paid(agreement)
             assert len(keys) == len(set(keys))
 
-        assert 0 == call("GET", f"{daemon.url}/v1/status")["dead_letters"]
+        # A broker may deliver again, for want of an ack, what was counted before the close.
+        letters = call("GET", f"{daemon.url}/v1/dead-letters?limit=1000")["items"]
+
+        assert {letter["reason"] for letter in letters} <= {"closed"}
 
 
 def agreements(daemon: Daemon) -> dict[str, Any]:

@@ -177,7 +177,10 @@ class Books:
             assert owed.quantize(QUANTUM, ROUND_FLOOR) == _sum(paid), agreement
             assert set(keys.values()) <= {1}, f"{agreement}: a release was paid twice"
 
-        assert 0 == call("GET", f"{self.daemon.url}/v1/status")["dead_letters"]
+        # A broker may deliver again, for want of an ack, what was counted before the close.
+        letters = call("GET", f"{self.daemon.url}/v1/dead-letters?limit=1000")["items"]
+
+        assert {letter["reason"] for letter in letters} <= {"closed"}
 
 
 def _sum(operations: Sequence[Mapping[str, str]]) -> Decimal:

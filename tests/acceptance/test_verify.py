@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -112,6 +115,66 @@ def test_auditor_shows_what_somebody_else_released(node: Node, sandbox: Sandbox)
     assert breaks(live) == [("service", f"escrow {escrow}")]
     assert "0.004 more than the 0.02 that the store knows of" in live["breaks"][0]["detail"]
     assert "0.004 of it beyond all usage" in live["breaks"][0]["detail"]
+
+
+def test_auditor_shows_a_call_that_was_carried_out_twice(node: Node, sandbox: Sandbox) -> None:
+    """One row, sent once, paid twice by what lies in between: seen by the service's own figure."""
+    escrow = node.bind(sandbox.lock("10.00"), "stream")
+    sandbox.fault(kind="duplicate_delivery", call="release_partial", escrow_id=escrow)
+    node.use(escrow, 20, "e1")
+    until(lambda: len(sandbox.operations(escrow)) == 2, "both deliveries")
+    node.kill()
+    code, document = verified(node, "--live")
+
+    assert code == 3
+    assert ("service", f"escrow {escrow}") in breaks(document)
+    assert "0.02 of it beyond all usage" in " ".join(each["detail"] for each in document["breaks"])
+
+
+# One number more or less in one row, in each table that money rests on.
+TAMPERED = {
+    "UPDATE counter SET quantity = quantity + 1": ("accrued", "agreement @escrow@"),
+    "UPDATE agreement SET accrued = '1/1000'": ("accrued", "agreement @escrow@"),
+    "UPDATE escrow SET settled = settled - 1": ("settled", "escrow @escrow@"),
+    "UPDATE escrow SET observed = observed + 1": ("level", "escrow @escrow@"),
+    "UPDATE release SET before = before + 1": ("level", "release @release@"),
+    "UPDATE release SET history = replace(history, 'sent', 'void')": (
+        "release history",
+        "release @release@",
+    ),
+    "UPDATE journal SET detail = 'nothing' WHERE number = 1": ("journal", "journal 1"),
+    "DELETE FROM mark_block": ("marks", "mark_block"),
+    "UPDATE dead_letter SET number = 9": ("dead letters", "dead_letter 9"),
+}
+
+
+def test_auditor_names_the_row_that_was_changed_in_a_daemons_own_store(
+    node: Node, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """Exit 3, with the invariant and the row, whichever table it stands in."""
+    escrow = node.bind(sandbox.lock("10.00"), "stream")
+    use_and_pay(node, sandbox, escrow, 1, 1)
+    node.send({"id": "x", "agreement": "nobody", "meter": "units", "quantity": 1})
+    (release,) = (each["id"] for each in node.releases(escrow))
+    node.stop()
+    untouched = verified(node)[0]
+    found = {}
+    for number, statement in enumerate(TAMPERED):
+        copy = tmp_path / f"copy-{number}"
+        shutil.copytree(node.data_dir, copy)
+        with contextlib.closing(sqlite3.connect(copy / "meterd.db", isolation_level=None)) as other:
+            for rule in ("release_stays", "journal_stays"):
+                other.execute(f"DROP TRIGGER {rule}")
+            assert other.execute(statement).rowcount == 1
+        code, document = verified(node, "--data-dir", str(copy))
+        found[statement] = (code, breaks(document))
+
+    assert untouched == 0
+    for statement, (invariant, row) in TAMPERED.items():
+        code, named = found[statement]
+        placed = row.replace("@escrow@", escrow).replace("@release@", release)
+        assert code == 3, statement
+        assert (invariant, placed) in named, statement
 
 
 def test_auditor_that_reaches_no_service_does_not_say_that_it_agrees(

@@ -6,9 +6,12 @@ From that record come the disks that a power cut may leave: what was fsynced is 
 not, any part, each write whole, absent, or torn and garbled at the borders of sectors; names that
 the directory was not fsynced for come and go. On each of them the store is opened as after a start.
 
-Why not through a VFS of apsw: apsw brings its own SQLite, of another version than the one that
-meterd runs on, and a VFS sees neither the reserve, nor the lock, nor the fsyncs of the directory,
-which the store makes itself. The record is of what a daemon really does.
+What this rig sees that the one on a machine in memory (tests/power/) does not, and the other way
+round, stands in tests/power/test_power_cuts.py. In short: here it is really the kernel that is
+asked, by the SQLite that meterd runs on; there are far more cuts, and faults at any call.
+
+strace needs the right to trace other processes. Where the system gives it to nobody, as in some
+containers, these tests are left out and say so; without the program they fail.
 """
 
 from __future__ import annotations
@@ -23,64 +26,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from meterd.store.identities import digest
 from meterd.store.sqlite import SqliteStore
-
-pytestmark = pytest.mark.soak  # Not yet seen to pass again and again within the time of CI.
+from tests.power.disk import Call, Disk
+from tests.power.life import ENTRIES_MAX, check
 
 ROOT = Path(__file__).parents[2]
-SECTOR = 512
 CUTS = 4000
 SOAK_CUTS = 1_000_000
 CHANGES = 160
+SAMPLE = 3  # Of so many k of failing calls one is tried in CI.
 FAILING_CALLS = ("pwrite64", "fdatasync", "fsync", "ftruncate", "fallocate", "unlink")
 
-# Change n holds counter = n, position = n, settled = n, a journal entry, event n, and an odd n the
-# intention of a release that the next one confirms. `main` commits several at a time, in two lives.
 COMMON = """
 import asyncio, ctypes, os, random, sys, threading
-from fractions import Fraction
 from pathlib import Path
-from meterd.core.changes import *
-from meterd.core.settlement import Escrow, Release, ReleaseStatus
 from meterd.errors import MeterdError
 from meterd.store import sqlite
-from meterd.store.identities import digest
 from meterd.store.sqlite import SqliteStore
+from tests.power.life import ENTRIES_MAX, change, last_change
 
 def tell(text):
     os.write(1, f"{text}\\n".encode())
-
-def first():
-    row = AgreementRow("a", "p", "payer", "api", (), False, 0, Fraction(0), 0, 0, 0)
-    return Change(cards=(CardRow("c", "{}"),), agreements=(row,))
-
-def change(store, n):
-    marks = store.identities.add(digest("s", str(n)), [n], [n // 50])
-    odd = n % 2
-    status = ReleaseStatus.INTENDED if odd else ReleaseStatus.CONFIRMED
-    release = Release(f"r{n - 1 + odd}", "e", 7, 0, status, "units", 0, 1, ())
-    return Change(
-        counters=(CounterRow("a", "c", "m", (), n, n, number=1),),
-        positions=(("s", str(n)),),
-        marks=marks,
-        escrows=(Escrow("e", "a", "main", settled=n),),
-        releases=(release,),
-        journal=(JournalEntry(n, "a", "b", "c", "d" * (n % 700)),),
-    )
 """
 RECORDED = (
     COMMON
     + """
 async def life(path, chance, upto):
-    store = SqliteStore.open(path, entries_max=100_000)
-    n = int(store.load().positions.get("s", 0))
-    await store.commit(first())
+    store = SqliteStore.open(path, entries_max=ENTRIES_MAX)
+    n = last_change(store)
     while n < upto:
         futures = []
         for _ in range(chance.choice((1, 1, 2, 5, 9))):
@@ -118,9 +95,9 @@ def go(thread):
     assert os.read(0, 3) == b"go\\n"
 
 async def cycle(path):
-    store = SqliteStore.open(path, entries_max=100_000)
-    n = int(store.load().positions.get("s", 0))
-    await store.commit(first())
+    store = SqliteStore.open(path, entries_max=ENTRIES_MAX)
+    n = last_change(store) + 1
+    await store.commit(change(store, n))  # From here on there is a writer.
     go(store._thread.native_id)
     sqlite.WAL_BYTES_MAX = 0  # Each commit is followed by a checkpoint.
     for _ in range(3):
@@ -131,7 +108,7 @@ async def cycle(path):
 
 async def opening(path):
     go(threading.get_native_id())
-    store = SqliteStore.open(path, entries_max=100_000)
+    store = SqliteStore.open(path, entries_max=ENTRIES_MAX)
     store.load()
     await store.close()
 
@@ -163,17 +140,18 @@ def strace_program() -> str:
     return program
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _tracing() -> None:
+    """Leave these tests out where no process may trace another, and for that reason alone."""
+    command = [strace_program(), "-f", "-qq", "-o", os.devnull, "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "not permitted" in tried.stderr:
+        pytest.skip(f"the system lets no process trace another (ptrace): {tried.stderr.strip()}")
+
+    assert 0 == tried.returncode, tried.stderr
+
+
 # -- The record -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call as it returned: what it was, on which name, and with what."""
-
-    kind: str  # create, write, truncate, sync, sync_names, unlink, or told.
-    name: str = ""
-    at: int = 0
-    data: bytes = b""
 
 
 _LINE = re.compile(r"(\d+) +(.*)")
@@ -256,111 +234,14 @@ def record(directory: Path, seed: int, changes: int = CHANGES, weak: str = "") -
     return calls
 
 
-# -- The disk -------------------------------------------------------------------------------------
-
-
-@dataclass
-class File:
-    """What a power cut cannot take, and what was written since."""
-
-    synced: bytearray = field(default_factory=bytearray)
-    since: list[Call] = field(default_factory=list)
-
-    def settle(self) -> None:
-        for call in self.since:
-            _apply(self.synced, call, call.data)
-        self.since.clear()
-
-    def remains(self, rng: random.Random) -> bytearray:
-        """One of the contents that a cut may leave."""
-        content = bytearray(self.synced)
-        keep = rng.choice((0.0, 0.5, 0.5, 0.9, 1.0))  # Of the writes; the rest is torn or absent.
-        for call in self.since:
-            if rng.random() < keep:
-                _apply(content, call, call.data)
-            elif call.kind == "write" and rng.random() < 0.5:
-                for at, data in _sectors(call):
-                    if rng.random() < 0.5:
-                        garbled = rng.random() < 0.05
-                        part = Call("write", call.name, at)
-                        _apply(content, part, rng.randbytes(len(data)) if garbled else data)
-        return content
-
-
-def _apply(content: bytearray, call: Call, data: bytes) -> None:
-    if call.kind == "truncate":
-        del content[call.at :]
-        content += bytes(call.at - len(content))
-        return
-    content += bytes(max(0, call.at - len(content)))
-    content[call.at : call.at + len(data)] = data
-
-
-def _sectors(call: Call) -> Iterator[tuple[int, bytes]]:
-    """A write in the pieces that the disk takes whole."""
-    at, end = call.at, call.at + len(call.data)
-    while at < end:
-        stop = min(end, (at // SECTOR + 1) * SECTOR)
-        yield at, call.data[at - call.at : stop - call.at]
-        at = stop
-
-
-class Disk:
-    """The data directory as the calls so far have made it, and what a cut would leave of it."""
-
-    def __init__(self) -> None:
-        self.told = 0
-        self._files: dict[str, File] = {}  # As the running process sees them.
-        self._named: dict[str, File] = {}  # As the directory was last fsynced.
-
-    def run(self, call: Call) -> None:
-        match call.kind:
-            case "told":
-                self.told = int(call.data)
-            case "create":
-                self._files.setdefault(call.name, File())
-            case "unlink":
-                self._files.pop(call.name, None)
-            case "sync":
-                self._files[call.name].settle()
-            case "sync_names":
-                self._named = dict(self._files)
-            case _:
-                self._files[call.name].since.append(call)
-
-    def cut(self, directory: Path, rng: random.Random) -> None:
-        """Write one of the directories that a cut at this moment may leave."""
-        for name in sorted(self._files.keys() | self._named.keys()):
-            views = [view.get(name) for view in (self._files, self._named)]
-            file = views[0] if views[0] is views[1] else rng.choice(views)
-            if file is not None:
-                (directory / name).write_bytes(file.remains(rng))
-
-
 # -- What must hold -------------------------------------------------------------------------------
 
 
-def check(directory: Path, told: int) -> int:
-    """Open it: all that was told is there, each change is whole, and nothing is corrupt."""
-    store = SqliteStore.open(directory, entries_max=100_000)  # Follows the journal's chain, too.
+def look(directory: Path, told: int) -> int:
+    """Open what is left and check it; the last change that is there."""
+    store = SqliteStore.open(directory, entries_max=ENTRIES_MAX)
     try:
-        state = store.load()
-        last = int(state.positions.get("s", 0))
-        asked = b"".join(digest("s", str(number)) for number in range(1, last + 2))
-        known = [*range(1, last + 1), -1]
-        open_release = f"r{last}" if last % 2 else None
-        rows = list(store._connection.execute("PRAGMA integrity_check"))
-
-        assert told <= last
-        assert [("ok",)] == rows
-        assert [last] * min(last, 1) == [row.quantity for row in state.counters]
-        assert [last] * min(last, 1) == [row.settled for row in state.escrows]
-        assert [open_release] * min(last, 1) == [
-            row.release and row.release.id for row in state.escrows
-        ]
-        assert known == store.identities.find(asked)
-        assert last == store._heads.journal
-        return last
+        return check(store, told)
     finally:
         store._connection.close()
         store._lock.release()
@@ -386,9 +267,10 @@ def cut_everywhere(calls: Sequence[Call], rng: random.Random, cuts: int) -> int:
             done = moment
             directory = place / str(number)
             directory.mkdir()
-            disk.cut(directory, rng)
+            for name, content in disk.cut(rng).items():
+                (directory / name).write_bytes(content)
             try:
-                check(directory, disk.told)
+                look(directory, disk.told)
             except Exception as error:  # noqa: BLE001  # However it fails.
                 print(
                     f"cut {number} behind call {moment}/{len(calls)}, told {disk.told}: {error!r}"
@@ -404,6 +286,9 @@ def _seed() -> int:
     return seed
 
 
+@pytest.mark.timeout(
+    1800
+)  # Twenty seconds of one core, which a busy machine may not have for long.
 def test_power_cut_anywhere_loses_nothing_that_was_told(tmp_path):
     """Thousands of cuts: the store opens, nothing told is lost, and no change is halved."""
     seed = _seed()
@@ -412,6 +297,8 @@ def test_power_cut_anywhere_loses_nothing_that_was_told(tmp_path):
 
     assert {"create", "write", "truncate", "sync", "sync_names", "unlink", "told"} == kinds
     assert 0 == cut_everywhere(calls, random.Random(seed), CUTS)
+
+    print(f"{CUTS} cuts over {len(calls)} calls, 0 with a loss")
 
 
 @pytest.mark.parametrize("weak", ["NORMAL", "OFF"])
@@ -514,15 +401,16 @@ def used_store(tmp_path) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("stage", ["founding", "opening", "cycle"])
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_every_call_of_a_cycle_may_fail_and_nothing_told_is_lost(
-    tmp_path, nursery, used_store, stage, error
+@pytest.mark.parametrize("every", [SAMPLE, pytest.param(1, marks=pytest.mark.soak)])
+def test_any_call_of_a_cycle_may_fail_and_nothing_told_is_lost(
+    tmp_path, nursery, used_store, stage, error, every
 ):
-    """For each k: the process ends with its error or goes on, and all that it told is there."""
+    """For each k, or one in so many: the process ends or goes on, and all that it told is there."""
     began = time.monotonic()
-    failed: dict[str, int] = {}
-    before = 0 if stage == "founding" else 10
+    runs: dict[str, int] = {}
+    before = {"founding": 0, "opening": 10, "cycle": 11}[stage]
     for call in FAILING_CALLS:
-        for k in range(1, 200):
+        for k in range(random.randint(1, every), 200, every):
             path = tmp_path / f"{call}-{k}"
             if stage != "founding":
                 used_store(path)
@@ -532,12 +420,12 @@ def test_every_call_of_a_cycle_may_fail_and_nothing_told_is_lost(
             numbers = [int(line) for line in told if line.isdigit()]
 
             assert told[-1:] == ["whole"] or (code == 70 and told[-1].startswith("error Store"))
-            assert check(path, max(numbers, default=before)) <= before + 3
+            assert look(path, max(numbers, default=before)) <= before + 3
 
             shutil.rmtree(path)
             if not injected:
                 break
-            failed[call] = k
-    print(f"{stage}, {error}: {failed} in {time.monotonic() - began:.1f} s")
+            runs[call] = runs.get(call, 0) + 1
+    print(f"{stage}, {error}: {sum(runs.values())} k, {runs}, {time.monotonic() - began:.1f} s")
 
-    assert sum(failed.values()) > 0
+    assert sum(runs.values()) > 0

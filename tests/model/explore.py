@@ -3,20 +3,23 @@
 What is explored is the table that the daemon runs, `settlement.step`, and not a copy of it. Around
 it stands a world that is as bad as its `World` says: usage comes at any moment, the process dies at
 any moment, calls are lost, refused or land late, answers are lost, readings are old, somebody else
-releases. Each of these is one action, and every action is tried in every state.
+releases, an old backup is restored, a person freezes and resumes. Each of these is one action, and
+every action is tried in every state.
 
 Time goes in ticks, and all moments are kept relative to now, so that the states are finitely many.
 A dead process is a state like any other: what had not been committed when it died is a state that
 was reached before, from which the process dies as well.
+
+A state is two numbers, one of what meterd knows (an `Escrow`) and one of what is true (an
+`Outside`), in one integer. Both sides are small and met again and again: each is stepped once and
+looked up ever after, and that is what makes millions of states a matter of seconds.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 from meterd.core.settlement import (
     UNKNOWN_OUTCOME,
@@ -27,6 +30,7 @@ from meterd.core.settlement import (
     Due,
     Escrow,
     EscrowStatus,
+    Freeze,
     Go,
     Input,
     NotAllowed,
@@ -35,7 +39,9 @@ from meterd.core.settlement import (
     Release,
     ReleaseStatus,
     Repeat,
+    Resolved,
     Restarted,
+    Resume,
     Rules,
     Send,
     step,
@@ -47,15 +53,7 @@ CERTAIN_NO = (
     AnswerKind.LIMITED,
     AnswerKind.EMPTY,
 )  # The others of the kind stop the escrow as well.
-
-
-class Weakness(enum.StrEnum):
-    """Mistakes that other designs make, planted around the table to see that they are found."""
-
-    NONE = "none"
-    RETRY_ON_TIMEOUT = "retry on time-out"
-    NO_JOURNAL = "no journal"
-    FAILURE_IS_NO = "an unknown outcome taken for a refusal"
+PATIENCE = 200  # Kind moves after which a state counts as a dead end.
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,23 @@ class World:
     used_max: int = 3
     total: int = 3
     late: int = 2  # A call lands so many ticks after it was sent at the latest.
-    stale: int = 2  # A reading is younger than this.
+    stale: int = 2  # A reading is younger than this,
+    ancient_max: int = 0  # but for so many in all, which may be as old as the escrow.
     foreign_max: int = 0  # What somebody else may release.
+    restores_max: int = 0  # How often a backup from before the first release is put back:
+    restores_early: bool = False  # even while something is under way that it does not know of.
     closing: bool = False
-    weakness: Weakness = Weakness.NONE
+    person: bool = False  # Freezes, resumes, and resolves by what is true.
+    retries: bool = False  # A weakness that lies outside the table: a call is repeated blindly.
 
 
 def rules(
-    quarantine: int = 2, *, voids: int = 9, strict: bool = False, honoured: bool = False
+    quarantine: int = 2,
+    *,
+    voids: int = 9,
+    strict: bool = False,
+    honoured: bool = False,
+    credit: bool = False,
 ) -> Rules:
     """Rules in ticks, for amounts of one and two units."""
     return Rules(
@@ -85,6 +92,7 @@ def rules(
         release_max=2,
         strict=strict,
         honoured=honoured,
+        credit_foreign=credit,
     )
 
 
@@ -108,10 +116,31 @@ class Outside:
     calls: tuple[Call, ...] = ()
     landed: frozenset[int] = frozenset()
     key: int = -1  # Of the open release.
+    ancient: int = 0  # Readings older than allowed, so far.
+    restores: int = 0
 
 
-Node = tuple[int, Outside]
-Move = tuple[str, Node]
+@dataclass(frozen=True, slots=True)
+class View:
+    """As much of what is true as decides what can happen to the escrow next."""
+
+    used: int
+    paid: int
+    readings: tuple[tuple[int, bool], ...]  # What a reading may show; whether it is ancient.
+    done: bool  # The open release has landed,
+    lands: bool  # or may yet.
+    few: bool  # Another call may be under way beside those that are.
+    restores: int
+    quiet: bool  # Nothing is under way and no reading is old.
+
+
+Node = int  # The number of the escrow, above SHIFT the number of the outside.
+SHIFT = 24
+MASK = (1 << SHIFT) - 1
+# What a move does to the outside: a name and its argument, looked up by this pair.
+Op = tuple[str, int]
+SAME, KEEP, FORGET, NEW = (("same", 0), ("keep", 0), ("forget", 0), ("new", 0))
+Move = tuple[str, int, Op]  # What happens, the next escrow, and what it does outside.
 
 
 @dataclass(slots=True)
@@ -119,103 +148,311 @@ class Found:
     """What an exploration has seen."""
 
     states: int = 0
+    moves: int = 0
     overpaid: int = 0  # The worst.
     frozen: int = 0
+    needless: int = 0  # Ways into frozen without a person or a doubt that only he can end.
+    beside: int = 0  # Ways to intend a release while another is open.
     closed_short: int = 0
     stuck: int = 0
     trace: list[str] = field(default_factory=list)  # The shortest way to the first overpayment.
 
 
 class Explorer:
-    """One exploration. Escrow states are numbered, and each (state, input) is stepped only once."""
+    """One exploration."""
 
     def __init__(self, world: World) -> None:
+        self._inside = Inside(world)
+        self._outside = Around(world)
         self._world = world
-        self._escrows: list[Escrow] = []
-        self._numbers: dict[Escrow, int] = {}
-        self._steps: dict[tuple[int, object, int], tuple[int, bool] | None] = {}
-        self._ticks: dict[int, int] = {}
 
     # -- The walk ----------------------------------------------------------------------------------
 
-    def run(self, states_max: int, *, stop_at_overpayment: bool = False) -> Found:
-        """Visit every reachable state, up to a limit, and say what was seen."""
+    def run(self, *, stop: bool = False) -> Found:
+        """Visit every reachable state and say what was seen; `stop` at the first overpayment."""
         found = Found()
-        start = (self._number(self._adopted()), Outside())
-        parents: dict[Node, tuple[Node, str] | None] = {start: None}
-        waiting = deque([start])
-        while waiting and len(parents) < states_max:
-            node = waiting.popleft()
-            self._look(node, found)
-            if found.overpaid and not found.trace:
-                found.trace = _way(parents, node)
-                if stop_at_overpayment:
-                    break
-            for name, after in self._moves(node):
-                if after not in parents:
-                    parents[after] = (node, name)
-                    waiting.append(after)
+        start = self._node(self._inside.start, self._outside.start)
+        parents: dict[Node, Node] = {start: -1}
+        row = [start]
+        while row and not (stop and found.trace):
+            for node in row:
+                if self._over(node) > found.overpaid:
+                    found.overpaid = self._over(node)
+                    found.trace = found.trace or self._way(parents, node)
+            row = self._next_row(row, parents, found)
         found.states = len(parents)
-        if not found.overpaid:
-            found.stuck = self._stuck(parents)
+        if not stop:
+            self._judge(parents, found)
         return found
 
-    def _look(self, node: Node, found: Found) -> None:
-        escrow, outside = self._escrows[node[0]], node[1]
-        ours = outside.paid - outside.foreign
-        found.overpaid = max(found.overpaid, ours - outside.used)
-        found.frozen += escrow.status is EscrowStatus.FROZEN
-        payable = min(outside.used, self._world.total) - outside.paid
-        found.closed_short += escrow.status is EscrowStatus.CLOSED and payable > 0
+    def _over(self, node: Node) -> int:
+        return self._outside.over[node & MASK]
 
-    def _stuck(self, nodes: dict[Node, tuple[Node, str] | None]) -> int:
+    def _next_row(self, row: list[Node], parents: dict[Node, Node], found: Found) -> list[Node]:
+        """Take every move from every state of one distance, and give the states of the next."""
+        inside, outside = self._inside, self._outside
+        views, effects = outside.views, outside.effects
+        uses, closed, moves = outside.uses, inside.closed, inside.moves
+        new: list[Node] = []
+        taken = 0
+        for node in row:
+            eid, oid = node >> SHIFT, node & MASK
+            view = views[oid]
+            choices = moves[eid].get(view)
+            if choices is None:
+                choices = inside.choices(eid, outside.view(view), view)
+            done = effects[oid]
+            for _, escrow, op in choices:
+                around = done.get(op)
+                if around is None:
+                    around = outside.carry_out(oid, op)
+                after = escrow << SHIFT | around
+                if after not in parents:
+                    parents[after] = node
+                    new.append(after)
+            base = eid << SHIFT
+            around_moves = outside.moves_of(oid)
+            for _, around in around_moves:
+                after = base | around
+                if after not in parents:
+                    parents[after] = node
+                    new.append(after)
+            used = uses[oid]
+            if used >= 0 and not closed[eid]:
+                after = base | used
+                if after not in parents:
+                    parents[after] = node
+                    new.append(after)
+            taken += len(choices) + len(around_moves)
+        found.moves += taken
+        return new
+
+    def _judge(self, nodes: dict[Node, Node], found: Found) -> None:
+        """Count what must not be, over all that was visited."""
+        rest, inside = self._outside.rest, self._inside
+        found.needless, found.beside = inside.needless, inside.beside
+        for node in nodes:
+            eid = node >> SHIFT
+            found.frozen += inside.frozen[eid]
+            found.closed_short += inside.closed[eid] and rest[node & MASK] > 0
+        if not found.overpaid:
+            found.stuck = self._stuck(nodes)
+
+    def _stuck(self, nodes: dict[Node, Node]) -> int:
         """Count the states from which a world that is kind from now on does not get all paid."""
+        inside, rest = self._inside, self._outside.rest
+        person = self._world.person
         good: set[Node] = set()
         stuck = 0
-        for node in nodes:
-            way: list[Node] = []
+        for first in nodes:
+            node, way = first, []
             while node not in good:
                 way.append(node)
-                escrow, outside = self._escrows[node[0]], node[1]
-                rest = min(outside.used, self._world.total) - outside.paid
-                if escrow.release is None and rest <= 0:
+                eid = node >> SHIFT
+                frozen = inside.frozen[eid]
+                if rest[node & MASK] <= 0 and not inside.open[eid] and not (person and frozen):
                     break
-                if escrow.status is EscrowStatus.FROZEN or len(way) > 100:
-                    stuck += escrow.status is not EscrowStatus.FROZEN
+                if (frozen and not person) or len(way) > PATIENCE:
+                    stuck += not frozen or person
                     break
-                node = self._kindly(node)  # noqa: PLW2901  # The walk goes on from the next one.
+                node = self._kindly(node)
             good.update(way)
         return stuck
 
     def _kindly(self, node: Node) -> Node:
         """What happens next when nothing more goes wrong: the settler's visit, then a tick."""
-        eid, outside = node
-        release = self._escrows[eid].release
-        moves = dict(self._moves(node))
+        eid, oid = node >> SHIFT, node & MASK
+        view = self._outside.view(self._outside.views[oid])
+        release = self._inside.escrows[eid].release
+        moves = self._named(node)
         if release is not None and release.status is ReleaseStatus.INTENDED:
             return moves.get("go") or moves["go, too late"]
         if release is not None and release.status is ReleaseStatus.SENT:
-            wanted = ["answer: done", f"land {outside.key}", "answer: lost"]
-            return next(moves[name] for name in wanted if name in moves)
-        read = moves[f"read {outside.paid}"]
-        paid = dict(self._moves(read)).get("due")
-        if paid is not None:
-            return paid
-        return self._tick(read)
+            own = f"land {self._outside.outsides[oid].key}"
+            return next(
+                moves[name] for name in ("answer: done", own, "answer: lost") if name in moves
+            )
+        after = self._named(moves[f"read {view.paid}"])
+        wanted = ["due"]
+        if self._inside.frozen[eid] and view.quiet:
+            wanted = ["a person says landed", "a person says absent", "resume"]
+        return next(after[name] for name in (*wanted, "tick") if name in after)
 
-    # -- Escrow states -----------------------------------------------------------------------------
+    # -- Moves -------------------------------------------------------------------------------------
 
-    def _adopted(self) -> Escrow:
-        escrow = Escrow("e", "a", "main")
-        for mono in (-TICK, 0.0):
-            observed = Observed(self._reading(0, mono), mono, 0, 0)
-            escrow, _ = step(escrow, observed, self._world.rules)
-        assert escrow.status is EscrowStatus.ACTIVE
-        return escrow
+    @staticmethod
+    def _node(eid: int, oid: int) -> Node:
+        return eid << SHIFT | oid
 
-    def _reading(self, released: int, mono: float = 0.0) -> Reading:
-        total = self._world.total
-        return Reading("e", "active", total, released, total - released, 0, "USDC", "p", None, mono)
+    def _named(self, node: Node) -> dict[str, Node]:
+        """Everything that can happen next, by name: for traces and kind worlds."""
+        eid, oid = node >> SHIFT, node & MASK
+        view = self._outside.views[oid]
+        found = {
+            name: self._node(escrow, self._outside.carry_out(oid, op))
+            for name, escrow, op in self._inside.choices(eid, self._outside.view(view), view)
+        }
+        for name, around in self._outside.moves_of(oid):
+            found[name] = self._node(eid, around)
+        if self._outside.uses[oid] >= 0 and not self._inside.closed[eid]:
+            found["use"] = self._node(eid, self._outside.uses[oid])
+        return found
+
+    def _way(self, parents: dict[Node, Node], node: Node) -> list[str]:
+        """How the walk came to a state, in words."""
+        names: list[str] = []
+        while (parent := parents[node]) >= 0:
+            names.append(next(name for name, to in self._named(parent).items() if to == node))
+            node = parent
+        return names[::-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# What meterd knows
+
+
+class Inside:
+    """The escrow's states, numbered; each is stepped once with each input that can come to it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # A person may make more voids than the day allows; the further ones decide nothing.
+        self._voids_max = world.rules.voids_per_day + 1
+        self._observed = cache(self._make_observed)
+        self._numbers: dict[Escrow, int] = {}
+        self.escrows: list[Escrow] = []
+        self.closed: list[bool] = []
+        self.frozen: list[bool] = []
+        self.open: list[bool] = []
+        self.moves: list[dict[int, Sequence[Move]]] = []  # By the number of the view.
+        self._steps: list[dict[Input, tuple[int, bool] | None]] = []
+        self._ticks: dict[int, int] = {}
+        self.needless = 0
+        self.beside = 0
+        self.start = self._number(self._adopted())
+
+    def choices(self, eid: int, view: View, number: int) -> Sequence[Move]:
+        """Everything that can happen to a state, but for what happens outside alone."""
+        if number not in self.moves[eid]:
+            self.moves[eid][number] = tuple(self._choices(eid, view))
+        return self.moves[eid][number]
+
+    def _choices(self, eid: int, view: View) -> Iterator[Move]:
+        if eid not in self._ticks:
+            self._ticks[eid] = self._number(_aged(self.escrows[eid], self._world.rules))
+        yield "tick", self._ticks[eid], ("tick", 0)
+        yield self._settled("crash", eid, Restarted(0.0, 0))
+        if view.restores < self._world.restores_max and (view.quiet or self._world.restores_early):
+            old = self._allowed(self.start, Restarted(0.0, 0))[0]
+            yield "an old backup is restored", old, ("restore", 0)
+        release = self.escrows[eid].release
+        if self._world.person:
+            yield from self._person(eid, view)
+        if release is not None and release.status is ReleaseStatus.SENT:
+            yield from self._answers(eid, release, view)
+        elif release is not None and release.status is ReleaseStatus.INTENDED:
+            after, sends = self._allowed(eid, Go(0.0, 0))
+            if sends:
+                yield from self._leaves(after, view)
+            else:
+                yield "go, too late", after, self._key(after)
+        else:
+            yield from self._visits(eid, release, view)
+
+    def _visits(self, eid: int, release: Release | None, view: View) -> Iterator[Move]:
+        """The settler reads, and asks for a release or a repetition."""
+        for released, ancient in view.readings:
+            after, _ = self._allowed(eid, self._observed(released, view.used))
+            name = f"read {released}, of long ago" if ancient else f"read {released}"
+            yield (
+                name,
+                after,
+                ("ancient", self._key(after) is KEEP) if ancient else self._key(after),
+            )
+        after, _ = self._allowed(eid, Due(view.used, "amount", "open", 0, 0.0, 0))
+        if after != eid:
+            new = self.open[after] and self.escrows[after].release != release
+            yield "due", after, NEW if new else self._key(after)
+        if self._world.closing and not self.escrows[eid].closing:
+            yield "close", self._allowed(eid, Closing())[0], SAME
+        if self._world.rules.honoured and release is not None and view.few:
+            stepped = self._step(eid, Repeat(0.0, 0))
+            if stepped is not None and stepped[1]:
+                yield from self._leaves(stepped[0], view)
+
+    def _leaves(self, eid: int, _: View) -> Iterator[Move]:
+        """The call leaves, or fails before its first byte."""
+        release = self.escrows[eid].release
+        assert release is not None
+        yield "go", eid, ("leave", release.amount)
+        yield self._answered("go, not sent", eid, AnswerKind.NOT_SENT)
+
+    def _answers(self, eid: int, release: Release, view: View) -> Iterator[Move]:
+        if view.done:
+            yield self._answered("answer: done", eid, AnswerKind.CONFIRMED, release.amount)
+        if self._world.retries and view.few:
+            yield "retry", eid, ("retry", release.amount)
+        yield self._answered("answer: lost", eid, AnswerKind.DOUBT)
+        if view.lands:  # Refused: this call will not land.
+            for kind in CERTAIN_NO:
+                name, after, op = self._answered(f"answer: {kind}", eid, kind)
+                yield name, after, ("refuse", op is KEEP)
+
+    def _answered(self, name: str, eid: int, kind: AnswerKind, amount: int | None = None) -> Move:
+        return self._settled(name, eid, Answered(Answer(kind, "", amount), 0.0, 0))
+
+    def _person(self, eid: int, view: View) -> Iterator[Move]:
+        """Somebody who sees the service's own log, and does nothing that it does not bear out."""
+        escrow = self.escrows[eid]
+        if escrow.status not in (EscrowStatus.FROZEN, EscrowStatus.CLOSED):
+            yield self._settled("freeze", eid, Freeze("a person"))
+        if self._step(eid, Resume("seen")) is not None:
+            yield self._settled("resume", eid, Resume("seen"))
+        doubt = escrow.release is not None and escrow.release.status in UNKNOWN_OUTCOME
+        if doubt and view.done:
+            landed = Resolved(landed=True, reason="", mono=0.0, wall=0)
+            yield self._settled("a person says landed", eid, landed)
+        elif doubt and not view.lands:
+            absent = Resolved(landed=False, reason="", mono=0.0, wall=0)
+            yield self._settled("a person says absent", eid, absent)
+
+    # -- Steps -------------------------------------------------------------------------------------
+
+    def _settled(self, name: str, eid: int, event: Input) -> Move:
+        after, _ = self._allowed(eid, event)
+        return name, after, self._key(after)
+
+    def _key(self, eid: int) -> Op:
+        """Whether the open release's key is remembered: not once it is finished."""
+        return KEEP if self.open[eid] else FORGET
+
+    def _allowed(self, eid: int, event: Input) -> tuple[int, bool]:
+        stepped = self._step(eid, event)
+        assert stepped is not None, (self.escrows[eid], event)
+        return stepped
+
+    def _step(self, eid: int, event: Input) -> tuple[int, bool] | None:
+        """Step one state: the next one, and whether a call leaves. None: it is not allowed."""
+        known = self._steps[eid]
+        if event not in known:
+            known[event] = self._make_step(self.escrows[eid], event)
+        return known[event]
+
+    def _make_step(self, before: Escrow, event: Input) -> tuple[int, bool] | None:
+        try:
+            after, effects = step(before, event, self._world.rules)
+        except NotAllowed:
+            return None
+        sends = any(isinstance(effect, Send) for effect in effects)
+        froze = after.status is EscrowStatus.FROZEN is not before.status
+        asked = after.release is not None and after.release.status is ReleaseStatus.ESCALATED
+        self.needless += froze and not asked and not isinstance(event, Freeze)
+        self.beside += (
+            isinstance(event, Due)
+            and before.release is not None
+            and after.release not in (None, before.release)
+        )
+        return self._number(after), sends
 
     def _number(self, escrow: Escrow) -> int:
         """Name an escrow's state, with all that no decision depends on taken out of it."""
@@ -227,206 +464,34 @@ class Explorer:
             failures=0,
             next_mono=max(0.0, escrow.next_mono),
             release=None if escrow.release is None else _plain(escrow.release, "open"),
-            voids=tuple(_plain(void, f"void {n}") for n, void in enumerate(escrow.voids)),
+            voids=tuple(
+                _plain(void, f"void {n}") for n, void in enumerate(escrow.voids[: self._voids_max])
+            ),
         )
-        number = self._numbers.setdefault(plain, len(self._escrows))
-        if number == len(self._escrows):
-            self._escrows.append(plain)
+        number = self._numbers.setdefault(plain, len(self.escrows))
+        if number == len(self.escrows):
+            self.escrows.append(plain)
+            self.closed.append(plain.status is EscrowStatus.CLOSED)
+            self.frozen.append(plain.status is EscrowStatus.FROZEN)
+            self.open.append(plain.release is not None)
+            self.moves.append({})
+            self._steps.append({})
         return number
 
-    def _step(self, eid: int, name: str, event: Input, extra: int = 0) -> tuple[int, bool] | None:
-        """Step one state: the next one, and whether a call leaves. None: it is not allowed."""
-        key = eid, name, extra
-        if key not in self._steps:
-            before = self._escrows[eid]
-            try:
-                after, effects = step(before, event, self._world.rules)
-            except NotAllowed:
-                self._steps[key] = None
-            else:
-                if before.release is not None and after.release is not None:
-                    assert before.release.amount == after.release.amount, "one unfinished release"
-                sends = any(isinstance(effect, Send) for effect in effects)
-                self._steps[key] = self._number(after), sends
-        return self._steps[key]
+    def _adopted(self) -> Escrow:
+        escrow = Escrow("e", "a", "main")
+        for mono in (-TICK, 0.0):
+            observed = Observed(self._reading(0, mono), mono, 0, 0)
+            escrow, _ = step(escrow, observed, self._world.rules)
+        assert escrow.status is EscrowStatus.ACTIVE
+        return escrow
 
-    def _later(self, eid: int) -> int:
-        if eid not in self._ticks:
-            self._ticks[eid] = self._number(_aged(self._escrows[eid], self._world.rules))
-        return self._ticks[eid]
+    def _make_observed(self, released: int, used: int) -> Observed:
+        return Observed(self._reading(released), 0.0, 0, used)
 
-    # -- Actions -----------------------------------------------------------------------------------
-
-    def _moves(self, node: Node) -> Iterator[Move]:
-        """Everything that can happen next."""
-        yield from self._world_moves(node)
-        release = self._escrows[node[0]].release
-        if release is not None and release.status is ReleaseStatus.SENT:
-            yield from self._answers(node)
-        elif release is not None and release.status is ReleaseStatus.INTENDED:
-            yield from self._go(node)
-        else:
-            yield from self._visits(node)
-
-    def _world_moves(self, node: Node) -> Iterator[Move]:
-        eid, outside = node
-        yield "tick", self._tick(node)
-        yield "crash", self._crash(node)
-        if (
-            outside.used < self._world.used_max
-            and self._escrows[eid].status is not EscrowStatus.CLOSED
-        ):
-            yield "use", (eid, replace(outside, used=outside.used + 1))
-        for call in outside.calls:
-            yield f"land {call.key}", (eid, self._landed(outside, call))
-        if outside.foreign < self._world.foreign_max and outside.paid < self._world.total:
-            grown = _paid(outside, 1)
-            yield "foreign release", (eid, replace(grown, foreign=outside.foreign + 1))
-
-    def _visits(self, node: Node) -> Iterator[Move]:
-        """The settler reads, and asks for a release or a repetition."""
-        eid, outside = node
-        for released in sorted({outside.paid, *(value for value, _ in outside.past)}):
-            observed = Observed(self._reading(released), 0.0, 0, outside.used)
-            after = self._step(eid, "read", observed, released * 100 + outside.used)
-            assert after is not None
-            yield f"read {released}", self._settle(after[0], outside)
-        due = Due(outside.used, "amount", "open", 0, 0.0, 0)
-        after = self._step(eid, "due", due, outside.used)
-        if after is not None and after[0] != eid:
-            yield "due", self._settle(after[0], _new_key(outside))
-        if self._world.closing and not self._escrows[eid].closing:
-            after = self._step(eid, "close", Closing())
-            assert after is not None
-            yield "close", (after[0], outside)
-        release = self._escrows[eid].release
-        few = len(outside.calls) < CALLS_MAX
-        if self._world.rules.honoured and release is not None and few:
-            after = self._step(eid, "repeat", Repeat(0.0, 0))
-            if after is not None and after[1]:
-                yield from self._leave(after[0], outside)
-
-    def _go(self, node: Node) -> Iterator[Move]:
-        eid, outside = node
-        after = self._step(eid, "go", Go(0.0, 0))
-        assert after is not None
-        if after[1]:
-            yield from self._leave(after[0], outside)
-        else:
-            yield "go, too late", self._settle(after[0], outside)
-
-    def _leave(self, eid: int, outside: Outside) -> Iterator[Move]:
-        """The call leaves, or fails before its first byte."""
-        release = self._escrows[eid].release
-        assert release is not None
-        call = Call(outside.key, release.amount, self._world.late)
-        yield "go", (eid, replace(outside, calls=tuple(sorted((*outside.calls, call), key=_order))))
-        yield "go, not sent", self._answer(eid, outside, Answer(AnswerKind.NOT_SENT, ""))
-
-    def _answers(self, node: Node) -> Iterator[Move]:
-        eid, outside = node
-        release = self._escrows[eid].release
-        assert release is not None
-        if outside.key in outside.landed:
-            done = Answer(AnswerKind.CONFIRMED, "", release.amount)
-            yield "answer: done", self._answer(eid, outside, done)
-        if self._world.weakness is Weakness.RETRY_ON_TIMEOUT:
-            yield from self._retry(eid, outside)
-        yield "answer: lost", self._lost(eid, outside)
-        newest = max(
-            (call for call in outside.calls if call.key == outside.key),
-            key=lambda call: call.left,
-            default=None,
-        )
-        if newest is not None:  # Refused: this call will not land.
-            calls = list(outside.calls)
-            calls.remove(newest)
-            refused = replace(outside, calls=tuple(calls))
-            for kind in CERTAIN_NO:
-                yield f"answer: {kind}", self._answer(eid, refused, Answer(kind, ""))
-
-    def _retry(self, eid: int, outside: Outside) -> Iterator[Move]:
-        """A blind second call, with the same amount and nothing to tell it from the first."""
-        release = self._escrows[eid].release
-        assert release is not None
-        again = _new_key(outside)
-        if len(outside.calls) < CALLS_MAX:
-            call = Call(again.key, release.amount, self._world.late)
-            yield "retry", (eid, replace(again, calls=(*again.calls, call)))
-
-    def _lost(self, eid: int, outside: Outside) -> Node:
-        kind = AnswerKind.DOUBT
-        if self._world.weakness is Weakness.FAILURE_IS_NO:
-            kind = AnswerKind.NOT_SENT
-        return self._answer(eid, outside, Answer(kind, ""))
-
-    def _answer(self, eid: int, outside: Outside, answer: Answer) -> Node:
-        after = self._step(eid, f"answered {answer.kind}", Answered(answer, 0.0, 0))
-        assert after is not None
-        return self._settle(after[0], outside)
-
-    def _crash(self, node: Node) -> Node:
-        eid, outside = node
-        key = eid, "crash", 0
-        if key not in self._steps:
-            escrow = self._escrows[eid]
-            if self._world.weakness is Weakness.NO_JOURNAL:
-                escrow = replace(escrow, release=None)
-            after, _ = step(escrow, Restarted(0.0, 0), self._world.rules)
-            self._steps[key] = self._number(after), False
-        after_crash = self._steps[key]
-        assert after_crash is not None
-        return self._settle(after_crash[0], outside)
-
-    def _settle(self, eid: int, outside: Outside) -> Node:
-        """Forget the open release's key once it is finished, and keys that can land no more."""
-        release = self._escrows[eid].release
-        key = outside.key if release is not None else -1
-        return eid, _renumbered(replace(outside, key=key))
-
-    # -- The world's side --------------------------------------------------------------------------
-
-    def _landed(self, outside: Outside, call: Call) -> Outside:
-        calls = list(outside.calls)
-        calls.remove(call)
-        rest = replace(outside, calls=tuple(calls))
-        repeated = self._world.rules.honoured and call.key in outside.landed
-        if repeated or outside.paid + call.amount > self._world.total:
-            return _renumbered(rest)
-        landed = _paid(rest, call.amount)
-        return _renumbered(replace(landed, landed=landed.landed | {call.key}))
-
-    def _tick(self, node: Node) -> Node:
-        eid, outside = node
-        past = tuple((value, age + 1) for value, age in outside.past if age + 1 < self._world.stale)
-        calls = tuple(replace(call, left=call.left - 1) for call in outside.calls if call.left > 0)
-        return self._later(eid), _renumbered(replace(outside, past=past, calls=calls))
-
-
-def _order(call: Call) -> tuple[int, int, int]:
-    return call.key, call.left, call.amount
-
-
-def _paid(outside: Outside, amount: int) -> Outside:
-    past = (*outside.past, (outside.paid, 0))
-    return replace(outside, paid=outside.paid + amount, past=past)
-
-
-def _new_key(outside: Outside) -> Outside:
-    return replace(outside, key=max((outside.key, *(call.key for call in outside.calls))) + 1)
-
-
-def _renumbered(outside: Outside) -> Outside:
-    """Count the keys that matter from 0, and forget the others."""
-    keys = sorted({call.key for call in outside.calls} | ({outside.key} - {-1}))
-    new = {key: number for number, key in enumerate(keys)}
-    calls = [replace(call, key=new[call.key]) for call in outside.calls]
-    return replace(
-        outside,
-        calls=tuple(sorted(calls, key=_order)),
-        landed=frozenset(new[key] for key in outside.landed if key in new),
-        key=new.get(outside.key, -1),
-    )
+    def _reading(self, released: int, mono: float = 0.0) -> Reading:
+        total = self._world.total
+        return Reading("e", "active", total, released, total - released, 0, "USDC", "p", None, mono)
 
 
 def _plain(release: Release, name: str) -> Release:
@@ -470,10 +535,166 @@ def _older(moment: float, floor: float) -> float:
     return max(floor, moment - TICK)
 
 
-def _way(parents: dict[Node, tuple[Node, str] | None], node: Node) -> list[str]:
-    names: list[str] = []
-    here = parents[node]
-    while here is not None:
-        names.append(here[1])
-        here = parents[here[0]]
-    return names[::-1]
+# --------------------------------------------------------------------------------------------------
+# What is true
+
+
+class Around:
+    """The states of what is true, numbered; each change to each of them is reckoned once."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._numbers: dict[Outside, int] = {}
+        self._view_numbers: dict[View, int] = {}
+        self._views: list[View] = []
+        self.outsides: list[Outside] = []
+        self.views: list[int] = []
+        self.over: list[int] = []  # By how much meterd was paid more than was used.
+        self.rest: list[int] = []  # How much is used, and could be paid, and is not.
+        self.effects: list[dict[Op, int]] = []
+        self._moves: list[Sequence[tuple[str, int]] | None] = []
+        self.uses: list[int] = []  # The state after one more unit was used; -1: no more is.
+        self.start = self._number(Outside())
+
+    def view(self, number: int) -> View:
+        """The view of a number."""
+        return self._views[number]
+
+    def moves_of(self, oid: int) -> Sequence[tuple[str, int]]:
+        """What can happen without meterd."""
+        known = self._moves[oid]
+        if known is None:
+            known = self._moves[oid] = tuple(self._own_moves(self.outsides[oid]))
+        return known
+
+    def _own_moves(self, outside: Outside) -> Iterator[tuple[str, int]]:
+        for call in outside.calls:
+            yield f"land {call.key}", self._number(self._landed(outside, call))
+        if outside.foreign < self._world.foreign_max and outside.paid < self._world.total:
+            grown = replace(_paid(outside, 1), foreign=outside.foreign + 1)
+            yield "foreign release", self._number(grown)
+
+    def carry_out(self, oid: int, op: Op) -> int:
+        """What a move makes of it."""
+        known = self.effects[oid].get(op)
+        if known is None:
+            known = self._number(self._after(self.outsides[oid], *op))
+            self.effects[oid][op] = known
+        return known
+
+    def _after(self, outside: Outside, what: str, more: int) -> Outside:
+        if what == "ancient":
+            outside = replace(outside, ancient=outside.ancient + 1)
+            what = "keep" if more else "forget"
+        elif what == "restore":
+            outside = replace(outside, restores=outside.restores + 1)
+            what = "forget"
+        changes: dict[str, Callable[[], Outside]] = {
+            "same": lambda: outside,
+            "tick": lambda: self._tick(outside),
+            "keep": lambda: _renumbered(outside),
+            "forget": lambda: _renumbered(replace(outside, key=-1)),
+            "new": lambda: _renumbered(_new_key(outside)),
+            "leave": lambda: self._with_call(outside, more),
+            # With nothing to tell it from the first.
+            "retry": lambda: self._with_call(_new_key(outside), more),
+            "refuse": lambda: _renumbered(_without_newest(outside, keep=bool(more))),
+        }
+        return changes[what]()
+
+    def _with_call(self, outside: Outside, amount: int) -> Outside:
+        call = Call(outside.key, amount, self._world.late)
+        return replace(outside, calls=tuple(sorted((*outside.calls, call), key=_order)))
+
+    def _landed(self, outside: Outside, call: Call) -> Outside:
+        calls = list(outside.calls)
+        calls.remove(call)
+        rest = replace(outside, calls=tuple(calls))
+        repeated = self._world.rules.honoured and call.key in outside.landed
+        if repeated or outside.paid + call.amount > self._world.total:
+            return _renumbered(rest)
+        landed = _paid(rest, call.amount)
+        return _renumbered(replace(landed, landed=landed.landed | {call.key}))
+
+    def _tick(self, outside: Outside) -> Outside:
+        stale, ever = self._world.stale, outside.ancient < self._world.ancient_max
+        past = tuple(
+            (value, min(age + 1, stale))
+            for value, age in outside.past
+            if age + 1 < stale or (ever and value != outside.paid)
+        )
+        calls = tuple(replace(call, left=call.left - 1) for call in outside.calls if call.left > 0)
+        return _renumbered(replace(outside, past=past, calls=calls))
+
+    def _number(self, outside: Outside) -> int:
+        if outside.past and outside.ancient >= self._world.ancient_max:
+            young = tuple(shot for shot in outside.past if shot[1] < self._world.stale)
+            outside = replace(outside, past=young)
+        number = self._numbers.setdefault(outside, len(self.outsides))
+        if number == len(self.outsides):
+            assert number < MASK
+            self.outsides.append(outside)
+            self.over.append(outside.paid - outside.foreign - outside.used)
+            self.rest.append(min(outside.used, self._world.total) - outside.paid)
+            self.effects.append({})
+            self._moves.append(None)
+            self.views.append(self._view(outside))
+            self.uses.append(-1)
+            if outside.used < self._world.used_max:
+                self.uses[number] = self._number(replace(outside, used=outside.used + 1))
+        return number
+
+    def _view(self, outside: Outside) -> int:
+        young = {value for value, age in outside.past if age < self._world.stale} | {outside.paid}
+        old = {value for value, _ in outside.past} - young
+        view = View(
+            used=outside.used,
+            paid=outside.paid,
+            readings=(
+                *((value, False) for value in sorted(young)),
+                *((value, True) for value in sorted(old)),
+            ),
+            done=outside.key in outside.landed,
+            lands=any(call.key == outside.key for call in outside.calls),
+            few=len(outside.calls) < CALLS_MAX,
+            restores=outside.restores,
+            quiet=not outside.calls and len(young) == 1,
+        )
+        number = self._view_numbers.setdefault(view, len(self._views))
+        if number == len(self._views):
+            self._views.append(view)
+        return number
+
+
+def _order(call: Call) -> tuple[int, int, int]:
+    return call.key, call.left, call.amount
+
+
+def _paid(outside: Outside, amount: int) -> Outside:
+    past = (*outside.past, (outside.paid, 0))
+    return replace(outside, paid=outside.paid + amount, past=past)
+
+
+def _new_key(outside: Outside) -> Outside:
+    return replace(outside, key=max((outside.key, *(call.key for call in outside.calls))) + 1)
+
+
+def _without_newest(outside: Outside, *, keep: bool) -> Outside:
+    """Refuse the newest call of the open release: it lands no more."""
+    mine = [call for call in outside.calls if call.key == outside.key]
+    calls = list(outside.calls)
+    calls.remove(max(mine, key=lambda call: call.left))
+    return replace(outside, calls=tuple(calls), key=outside.key if keep else -1)
+
+
+def _renumbered(outside: Outside) -> Outside:
+    """Count the keys that matter from 0, and forget the others."""
+    keys = sorted({call.key for call in outside.calls} | ({outside.key} - {-1}))
+    new = {key: number for number, key in enumerate(keys)}
+    calls = [replace(call, key=new[call.key]) for call in outside.calls]
+    return replace(
+        outside,
+        calls=tuple(sorted(calls, key=_order)),
+        landed=frozenset(new[key] for key in outside.landed if key in new),
+        key=new.get(outside.key, -1),
+    )

@@ -625,6 +625,21 @@ async def test_a_word_that_no_person_said_is_named(tmp_path: Path, landed: bool)
     assert broken(audit(tmp_path / "state")) == [("journal", "escrow esc_a")]
 
 
+async def test_an_escrow_that_was_frozen_before_it_was_adopted_breaks_nothing(
+    tmp_path: Path,
+) -> None:
+    """What it shows was released by others, before meterd has a baseline to hold it against."""
+    stage = Stage(tmp_path / "state")
+    agreement = Agreement("a", "stream", "Ada", (("main", "esc_a"),))
+    account = await stage.books.bind(agreement, "test")
+    await stage.books.freeze(account, "test", "not yet")
+    await stage.read("a", 3000)
+    await stage.store.close()
+    found = audit(tmp_path / "state")
+
+    assert (found.books.escrows["esc_a"].observed, broken(found)) == (3000, [])
+
+
 async def test_an_agreement_that_is_closed_with_usage_unpaid_says_so_in_its_journal(
     tmp_path: Path,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from meterd.core import events
 from meterd.core.events import EVENT_BYTES_MAX, EventDecoder, Reason, Rejection, UsageEvent
 from meterd.core.ledger import AHEAD_MAX_MS
+from meterd.core.money import BadNumber
 from tests.unit.core.books import NOW, SENTINEL, WINDOW, Till, usage
 
 FIELDS = b'"id":"x","agreement":"a","meter":"tokens"'
@@ -318,3 +320,101 @@ def test_large_batch_of_small_events_is_decoded_together():
 def test_reasons_are_the_words_that_people_see():
     """Metrics, dead letters and answers show the values."""
     assert "unknown_meter" == str(Reason.UNKNOWN_METER)
+
+
+class Told(EventDecoder):
+    """A decoder that tells how often it had to read one by one."""
+
+    def __init__(self):
+        super().__init__(SENTINEL)
+        self.alone = 0
+
+    def _alone(self, index, payload):
+        self.alone += 1
+        return super()._alone(index, payload)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [usage("a")],
+        [usage("a"), usage("b")],
+        [usage(str(number)) for number in range(7)],
+        [usage("a", 1), usage("b", 1.5), usage("c", "2")],
+        [usage("a").ljust(EVENT_BYTES_MAX), usage("b")],
+        [usage("a").ljust(EVENT_BYTES_MAX)],
+    ],
+)
+def test_good_batch_is_decoded_at_once(batch):
+    """The promise of the fast way: a good batch never pays for the possibility of a bad one."""
+    decoder = Told()
+
+    assert len(batch) == len(decoder.decode(batch))
+    assert 0 == decoder.alone
+
+
+def test_batch_of_whole_numbers_costs_one_pass():
+    """The exact decoder, which keeps each quantity's text, is not needed for them."""
+    (whole, more) = EventDecoder(SENTINEL).decode([usage("a"), usage("b")])
+    (exact,) = EventDecoder(SENTINEL).decode([usage("a", 1.5)])
+
+    assert {UsageEvent} == {type(whole), type(more)}
+    assert UsageEvent is not type(exact)
+
+
+def test_bad_event_is_decoded_alone_with_its_neighbours():
+    """One by one, and each once."""
+    decoder = Told()
+    decoder.decode([usage("a"), b"{", usage("b")])
+
+    assert 3 == decoder.alone
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (
+            b" " * (EVENT_BYTES_MAX + 1),
+            Rejection(0, "", Reason.TOO_LARGE, "65537 bytes; an event may have 65536"),
+        ),
+        (
+            b'{"x":' + b"[" * 60_000,
+            Rejection(0, "", Reason.MALFORMED, "nested too deeply"),
+        ),
+        (b"{", Rejection(0, "", Reason.MALFORMED, "Input data was truncated")),
+    ],
+)
+def test_rejection_says_in_these_words_what_is_wrong(payload, expected):
+    """They stand in answers and dead letters."""
+    assert [expected] == EventDecoder(SENTINEL).decode([payload])
+
+
+@pytest.mark.parametrize(
+    ("quantity", "said"),
+    [
+        (0, "a quantity must be greater than 0 and at most 1e15"),
+        (10**15 + 1, "a quantity must be greater than 0 and at most 1e15"),
+        ("", "there is no quantity"),
+        (msgspec.Raw(b'"\xa4"'), "a text that is no UTF-8"),
+        (msgspec.Raw(b"1e3"), "not a plain decimal such as 12 or 0.000001"),
+    ],
+)
+def test_quantity_is_refused_with_these_words(quantity, said):
+    """They stand in answers and dead letters."""
+    with pytest.raises(BadNumber) as refused:
+        events.quantity_nanos(quantity)
+
+    assert said == str(refused.value)
+
+
+def test_name_is_too_long_from_one_character_more_on():
+    """The limit itself is in."""
+    assert "" == events.name_flaw("x" * 5, "the meter", 5)
+    assert "the meter has 6 characters; 5 are allowed" == events.name_flaw("x" * 6, "the meter", 5)
+    assert "the meter has control characters" == events.name_flaw("\n", "the meter", 5)
+
+
+def test_text_from_outside_is_escaped_only_where_it_must_be():
+    """A letter that is no ASCII stays as it is; a line's end becomes two characters."""
+    assert "é" == events.printable("é")
+    assert "a\\n" == events.printable("a\nb", 3)

@@ -131,3 +131,34 @@ def test_floor_takes_the_most_whole_quanta_that_are_owed(usdc, quantum):
 
     assert 0 == micros % quantum
     assert 0 <= rest < quantum
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "said"),
+    [
+        (money.parse_amount, "1e3", "not a plain decimal such as 12 or 0.000001"),
+        (money.parse_amount, "0.0000001", "more than 6 decimals"),
+        (money.parse_price, "1000001", "a price may be at most 1e6 USDC"),
+        (money.parse_quantity, "0", "a quantity must be greater than 0"),
+        (money.parse_quantity, "1000000000000001", "a quantity may be at most 1e15"),
+    ],
+)
+def test_refusal_says_in_these_words_what_is_wrong(read, text, said):
+    """They stand in answers and dead letters."""
+    with pytest.raises(BadNumber) as refused:
+        read(text)
+
+    assert said == str(refused.value)
+
+
+def test_floor_is_exact_where_a_float_would_not_be():
+    """One micro below 10^21 of them, in whole micros unless another quantum is asked for."""
+    assert 10**21 - 1 == money.floor_to_quantum(Fraction(10**21 - 1, 10**6))
+    assert 7 == money.floor_to_quantum(Fraction(7, 10**6))
+
+
+def test_zeros_alone_are_cut_off_behind_a_number():
+    """No other character is taken for one, in reading and in writing."""
+    assert "0.1" == money.format_scaled(100_000, 6)
+    with pytest.raises(BadNumber):
+        money.parse_scaled("1.X0", 6)

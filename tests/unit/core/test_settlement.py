@@ -222,13 +222,17 @@ def test_escrow_that_ended_before_it_was_adopted_is_closed(word, owed, alarms):
     """Two equal readings apart say so; usage that will never be paid is told to a person."""
     case = Case(owed=owed).read(0, status=word)
     assert (ADOPTING, None) == case.status
+    assert f"first reading taken: the service says '{word}'" == case.state.reason
     case.later(9).read(0, status=word)
     assert (ADOPTING, None) == case.status
     case.later(1).read(0, status=word)
 
     assert (CLOSED, None) == case.status
-    assert f"it ended before it was adopted: the service says '{word}'" == case.state.reason
+    reason = f"it ended before it was adopted: the service says '{word}'"
+    assert (reason, word) == (case.state.reason, case.state.service_status)
     assert alarms == case.alarms
+    told = [one.detail for one in case.effects if isinstance(one, Alarm)]
+    assert [f"{reason}, with 0.000007 USDC unpaid"] * len(alarms) == told
 
 
 def test_escrow_that_once_seemed_ended_is_still_adopted():
@@ -236,7 +240,9 @@ def test_escrow_that_once_seemed_ended_is_still_adopted():
     case = Case().read(0, status="expired").later(10).read(0).later(10).read(0)
     assert (ACTIVE, None) == case.status
 
-    case = Case().read(0).later(10).read(0, status="expired")
+    case = Case().read(0)
+    assert "first reading taken" == case.state.reason
+    case.later(10).read(0, status="expired")
     assert (ADOPTING, None) == case.status
 
 

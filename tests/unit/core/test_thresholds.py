@@ -192,3 +192,28 @@ def test_next_look_is_when_time_alone_makes_something_due(settle, escrow, owes, 
     if at is not None:
         assert "" == due(settle, escrow, owes, at - 1, MARGIN)
         assert due(settle, escrow, owes, at, MARGIN) in ("interval", "deadline")
+
+
+def test_least_release_itself_is_released_and_looked_for():
+    """The limit is in: at it, an interval that ends asks, and its end is a moment to look."""
+    settle = replace(NEVER, interval=1_000)
+    least = standing(100, since=T - 1_000)
+
+    assert "interval" == due(settle, OPEN, least, T, MARGIN)
+    assert T == next_look(settle, OPEN, least, MARGIN)
+
+
+def test_interval_runs_from_the_first_moment_there_is():
+    """0 alone says that nothing is unsettled."""
+    settle = replace(NEVER, interval=1_000)
+
+    assert "interval" == due(settle, OPEN, standing(500, since=1), 1_001, MARGIN)
+    assert 1_001 == next_look(settle, OPEN, standing(500, since=1), MARGIN)
+
+
+def test_deadline_is_looked_for_from_the_first_micro_on():
+    """Nothing payable needs no look, and the least that can be paid does."""
+    ending = replace(OPEN, deadline=T)
+
+    assert next_look(NEVER, ending, standing(0), MARGIN) is None
+    assert T - max(NEVER.before_deadline, MARGIN) == next_look(NEVER, ending, standing(1), MARGIN)

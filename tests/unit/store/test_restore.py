@@ -199,12 +199,14 @@ async def test_swap_has_no_more_acts_than_are_cut_above(tmp_path, copy, monkeypa
     assert acts() == 8
 
 
-@pytest.mark.parametrize("database", ["a copy", "empty", "gone"])
+@pytest.mark.parametrize("database", ["a copy", "one that was stopped", "empty", "gone"])
 async def test_store_is_refused_when_the_log_beside_it_is_another_ones(tmp_path, copy, database):
     """A copy that was put back by hand beside an old log; SQLite alone would mix the two."""
     file = tmp_path / "data" / "meterd.db"
     if database == "a copy":
         shutil.copyfile(copy, file)
+    elif database == "one that was stopped":  # As by unpacking a copy of the whole directory.
+        shutil.copyfile(tmp_path / "live" / "meterd.db", file)
     else:
         os.truncate(file, 0)
         if database == "gone":
