@@ -40,7 +40,8 @@ class Agreement:
 class Line:
     """One rate's usage in one period of an agreement, where the charge of a sum is no sum.
 
-    `charge` is in 1 / account.denominator USDC.
+    `charge` is in 1 / account.denominator USDC. Without an event nothing is charged but a minimum:
+    a score of 0 may cost something, and no score at all may not.
     """
 
     account: Account
@@ -48,13 +49,16 @@ class Line:
     place: int
     quantity: int = 0
     amount: int = 0
+    events: int = 0
     ended: bool = False
     charge: int = 0
 
     def work_out(self) -> int:
         """Price all of it anew; by how much the charge has changed."""
-        charge = self.card.line_charge(self.place, self.quantity, self.amount, ended=self.ended)
-        charge *= self.account.denominator // self.card.denominator
+        charge = 0
+        if self.events or (self.ended and self.card.rates[self.place].minimum is not None):
+            charge = self.card.line_charge(self.place, self.quantity, self.amount, ended=self.ended)
+            charge *= self.account.denominator // self.card.denominator
         before, self.charge = self.charge, charge
         return charge - before
 

@@ -191,6 +191,16 @@ class Ledger:
             amount=stored.amount,
             events=stored.events,
         )
+        if counter.samples is None:
+            fits = not any(sample.count for sample in samples)
+        else:
+            fits = counter.samples.quantity == stored.quantity
+        if not fits:
+            raise Conflict(
+                f"agreement {stored.agreement}: its meter {stored.meter!r} was counted otherwise "
+                f"than by {meter.aggregation.value}; put back its aggregation as it was, or write "
+                "a meter of another name"
+            )
         account.counters[stored.period, stored.card, stored.meter, stored.dimensions] = counter
         self._by_number[stored.number] = counter
         self._counter_next = max(self._counter_next, stored.number + 1)
@@ -277,14 +287,14 @@ class Ledger:
         for name in (account.agreement.id, *account.escrow_ids):
             self._by_name[name] = account
         self._work_out(account)
-        self._note_period_end(account)
+        self._look_at_period(account)
 
     def _move_to(self, account: Account, plan: Plan) -> None:
         """Price further usage by another plan. What was accrued stays what it is."""
         self._accrued[account.denominator] -= account.numerator
         account.plan = plan
         self._work_out(account)
-        self._note_period_end(account)
+        self._look_at_period(account)
         self._resolved.clear()
 
     def _work_out(self, account: Account) -> None:
@@ -306,6 +316,7 @@ class Ledger:
             else:
                 counter.line.quantity += counter.quantity
                 counter.line.amount += counter.amount
+                counter.line.events += counter.events
         for period, card in {key[:2] for key in account.counters}:
             if self._has_ended(account, period, card):
                 self._end_lines(account, period, cards[card])
@@ -369,15 +380,13 @@ class Ledger:
                     f"plan {before.name} is in use: its period and the escrows that it draws on "
                     "stay; write a plan of another name"
                 )
+        self._refuse_other_aggregations(meters)
         self.plans, self.meters = dict(plans), dict(meters)
         self._note_plans()
         self._resolved.clear()
         for account in self.accounts.values():
             for counter in account.counters.values():
-                fresh = self._meter(counter.meter.name)
-                both = fresh.additive and counter.meter.additive
-                if both or fresh.aggregation is counter.meter.aggregation:
-                    counter.meter = fresh
+                counter.meter = self.meters.get(counter.meter.name, counter.meter)
         changed = [
             account
             for account in self.accounts.values()
@@ -389,6 +398,20 @@ class Ledger:
             cards=self._new_cards(*(account.plan for account in self.accounts.values())),
             agreements=tuple(account.row for account in changed),
         )
+
+    def _refuse_other_aggregations(self, meters: Mapping[str, Meter]) -> None:
+        """What was counted is a sum, or it has samples of one kind: neither becomes the other."""
+        for account in self.accounts.values():
+            for counter in account.counters.values():
+                known, fresh = counter.meter, meters.get(counter.meter.name)
+                if fresh is None or known.name in OWN_METERS:
+                    continue
+                both = known.additive and fresh.additive
+                if not both and fresh.aggregation is not known.aggregation:
+                    raise Conflict(
+                        f"meter {known.name} is in use: it stays {known.aggregation.value}; "
+                        "write a meter of another name"
+                    )
 
     def close(self, account: Account) -> Touched:
         """Mark an agreement as closing: usage is still taken until its escrows are closed.
@@ -434,7 +457,15 @@ class Ledger:
         """When to look for a period's end next, wall ms; None: never."""
         return self._period_ends[0][0] if self._period_ends else None
 
-    def _note_period_end(self, account: Account, margin: int = 0) -> None:
+    def _look_at_period(self, account: Account) -> None:
+        """Look at the next chance when its period is due: only there the margin is known.
+
+        Nothing is asked of what was read before a restart, or under another plan.
+        """
+        if account.plan.period is not None and not account.closing:
+            heapq.heappush(self._period_ends, (0, account.agreement.id))
+
+    def _note_period_end(self, account: Account, margin: int) -> None:
         ends = self._period_due(account, margin)
         if ends is not None:
             heapq.heappush(self._period_ends, (ends, account.agreement.id))
@@ -529,6 +560,16 @@ class Ledger:
         """What one escrow can still pay beyond what it owes, micros."""
         return max(0, capacity(escrow) - max(self.owed_on(account, escrow), paid(escrow)))
 
+    def uncovered(self, account: Account, role: str) -> int:
+        """What is owed on the escrows of a role and none of them can pay, micros.
+
+        One that is not read yet may hold anything.
+        """
+        escrows = [escrow for escrow in self.escrows_of(account) if escrow.role == role]
+        if any(escrow.status is EscrowStatus.ADOPTING for escrow in escrows):
+            return 0
+        return max(0, account.owed_by(role) - sum(map(capacity, escrows)))
+
     def standing(self, account: Account, escrow: Escrow) -> Standing:
         """What the thresholds look at, for one of an account's escrows."""
         return Standing(self.owed_on(account, escrow), account.units, account.unsettled_since)
@@ -563,9 +604,7 @@ class Ledger:
         if escrow.status is EscrowStatus.CLOSED and before.status is not EscrowStatus.CLOSED:
             self._resolved.clear()  # Its counters must be asked for anew, to be refused.
         if escrow.deadline != before.deadline:
-            account = self.accounts[escrow.agreement]
-            if account.plan.period is not None:  # Look at once: it may be due before the deadline.
-                heapq.heappush(self._period_ends, (0, account.agreement.id))
+            self._look_at_period(self.accounts[escrow.agreement])
         return before
 
     def account(self, name: str) -> Account | None:
@@ -943,6 +982,7 @@ class Ledger:
             counter.amount += amount
             counter.line.quantity += quantity
             counter.line.amount += amount
+            counter.line.events += events
             return
         charge = quantity * counter.weight
         if counter.dynamic:
@@ -1055,7 +1095,7 @@ def _note_extras(
                 f"value: 1 to {VALUE_CHARS_MAX} printable characters to tell apart",
             )
         at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
-        found.keys[place] = meter.sample_key(quantity, value, at, event.id)
+        found.keys[place] = meter.sample_key(quantity, value, at, event.id, event.source)
     if counter.dynamic or event.price:
         return _note_price(found, counter, event, quantity)
     return None

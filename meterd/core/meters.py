@@ -54,16 +54,18 @@ class Meter:
             return NANOS
         return quantity_nanos(quantity)
 
-    def sample_key(self, quantity: int, value: str, at: int, event_id: str) -> str:
+    def sample_key(self, quantity: int, value: str, at: int, event_id: str, source: str) -> str:
         """Name the sample of an event. `at` in wall ms; equal keys are equal samples.
 
-        `latest` is decided by the event's own time, and of two at one time by the greater id.
+        `latest` is decided by the event's own time, and of two at one time by the greater id. Two
+        sources may use the same id, so both are in the key, with a sign between them that is in
+        neither.
         """
         if self.aggregation is Aggregation.MAX:
             return str(quantity)
         if self.aggregation is Aggregation.UNIQUE:
             return value
-        return f"{at:016d} {event_id}"
+        return f"{at:016d} {event_id}\n{source}"
 
 
 @dataclass(frozen=True, slots=True)
