@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Two tests at a time: a file's tests stay together (tests/conftest.py).
+SHARED ?= -n 2 --dist loadgroup
 UPGRADE ?= --upgrade
 
 venv := .venv
@@ -31,13 +33,13 @@ demo: $(venv)/demo.stamp ## Run everything on this machine for a minute and chec
 	@$(python) -m meterd demo $(ARGS)
 
 test: $(venv)/dev.stamp servers ## Run all tests but the long ones.
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest $(SHARED) $(ARGS)
 
 check: $(venv)/dev.stamp servers ## Run what must pass before a change is offered: style, types, tests.
 	@$(python) -m ruff check
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
-	@$(python) -m pytest
+	@$(python) -m pytest $(SHARED)
 
 bench: $(venv)/dev.stamp servers ## Measure on this machine.
 	@$(python) -m bench $(ARGS)

@@ -13,6 +13,13 @@ SETTINGS = ApiSettings(
 CALLS = (
     ("POST", "/v1/events", Scope.INGEST),
     ("POST", "/v1/backup", Scope.ADMIN),
+    ("POST", "/v1/authorize", Scope.GATE),
+    ("GET", "/v1/holds", Scope.READ),
+    ("POST", "/v1/holds/hold_1/capture", Scope.GATE),
+    ("POST", "/v1/holds/hold_1/void", Scope.GATE),
+    ("POST", "/v1/quote", Scope.READ),
+    ("POST", "/v1/agreements", Scope.ADMIN),
+    ("GET", "/v1/openings", Scope.READ),
     ("GET", "/v1/agreements", Scope.READ),
     ("GET", "/v1/agreements/esc_1", Scope.READ),
     ("GET", "/v1/agreements/esc_1/usage", Scope.READ),

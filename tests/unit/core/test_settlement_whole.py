@@ -1043,6 +1043,7 @@ RULED = {
             seen(290, status="released"),
             status=EscrowStatus.CLOSED,
             reason="the service says 'released'",
+            credited=ACTIVE.credited + 10,
         ),
         (),
     ),
