@@ -42,6 +42,7 @@ CALLS = (
     ("GET", "/healthz", None),
     ("GET", "/readyz", None),
     ("GET", "/metrics", None),
+    ("GET", "/openapi.json", None),
     ("GET", "/", None),
     ("GET", "/dashboard/app.js", None),
     ("GET", "/dashboard/style.css", None),
