@@ -355,10 +355,10 @@ def blind_retry(put: Put) -> None:
         service = self._service
 
         class Again:
-            async def release_partial(self, release: Any) -> Answer:
-                answer = await service.release_partial(release)
+            async def release_partial(self, release: Any, role: str) -> Answer:
+                answer = await service.release_partial(release, role)
                 if answer.kind is AnswerKind.DOUBT:
-                    return await service.release_partial(release)  # type: ignore[no-any-return]
+                    answer = await service.release_partial(release, role)
                 return answer  # type: ignore[no-any-return]
 
         self._service = Again()

@@ -67,7 +67,8 @@ class Oracle:
             known = self._now.get(identity) or found.fresh.get(identity)
             at = now if event.at is None else event.at
             late = event.at is not None and not oldest <= at <= now + AHEAD_MS
-            if event.kind == "garbage" or closed(event.agreement) or late:
+            # Delivered again to an agreement that is closed by now, an event is still a duplicate.
+            if event.kind == "garbage" or late or (known is None and closed(event.agreement)):
                 found.rejected.add(place)
             elif known is None:
                 found.fresh[identity] = event

@@ -32,10 +32,12 @@ import meterd.app
 import meterd.bookkeeper
 import meterd.core.ledger
 import meterd.intake
+import meterd.opener
 import meterd.settler
 import meterd.store.sqlite
 from meterd import config
 from meterd.app import Daemon, _open_books
+from meterd.core.openings import Census
 from meterd.core.settlement import (
     UNFINISHED,
     Alarm,
@@ -48,6 +50,7 @@ from meterd.core.settlement import (
     Resume,
 )
 from meterd.errors import Refused, StoreCorrupt, StoreFailed, Unavailable
+from meterd.opener import Opener, Terms
 from meterd.sources import Deliveries
 from tests.simulation.brokers import SessionBroker, SessionSource, StreamBroker, StreamSource
 from tests.simulation.events import HOUR_MS, PLANS, SETTLES, Event, Factory
@@ -98,6 +101,17 @@ class Clock:
     def wall(self) -> int:
         """Milliseconds."""
         return START_MS + self._sim.wall_step + int(self._sim.loop.now * 1000)
+
+
+class NoLocks:
+    """A service that lists nothing and locks nothing: every agreement here is configured."""
+
+    async def lock(self, opening: Any) -> Any:
+        raise AssertionError(f"{opening} was not asked for")
+
+    async def list_escrows(self, _agent_id: str) -> Census:
+        """Nobody's escrows."""
+        return Census((), whole=True)
 
 
 class SimDaemon(Daemon):
@@ -413,13 +427,22 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
         self.store = store
         try:
             facts = SimpleNamespace(
-                batch=_ignore, released=_ignore, alarm=_ignore, reloaded=_ignore, watch=_ignore
+                batch=_ignore,
+                released=_ignore,
+                gate=_ignore,
+                alarm=_ignore,
+                reloaded=_ignore,
+                watch=_ignore,
             )
-            keeper = await _open_books(self.settings, store, facts, self.clock)
+            state = store.load(now_ms=self.clock.wall())
+            keeper = await _open_books(self.settings, store, state, facts, self.clock)
             self.check_restored(keeper)
             wire = Wire(self.service, self.clock)
             sources = [StreamSource(self.stream), SessionSource(self.session)]
-            self.daemon = SimDaemon(self.settings, None, keeper, wire, sources, facts, store)
+            opener = Opener(keeper, NoLocks(), Terms())
+            self.daemon = SimDaemon(
+                self.settings, None, keeper, wire, opener, sources, facts, store
+            )
             self._watch_circuit(self.daemon)
             await self.daemon.run()
         finally:
@@ -801,9 +824,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
                 return
             landed = key in book.landed
             await self.act(
-                lambda keeper: keeper.resolve(
-                    keeper.ledger.accounts[name], "p", "the log says so", landed=landed
-                )
+                lambda keeper: keeper.resolve(book.id, "p", "the log says so", landed=landed)
             )
         elif not book.under_way:
             await self.act(lambda keeper: keeper.resume(keeper.ledger.accounts[name], "p", "seen"))
@@ -811,7 +832,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
     def _closed(self) -> bool:
         for book in self.service.books.values():
             known = self._known(book)
-            if known is None or book.under_way:
+            if known is None or book.under_way or known.refund:
                 return False
             ended = book.ended and known.total == 0
             if known.status is not EscrowStatus.CLOSED and not ended:
@@ -828,10 +849,11 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
                 self.oracle.recompute(known.agreement) == self.oracle.worth(known.agreement),
                 "the oracle itself",
             )
-            if book.ended:
+            if book.ended and book.kept is None:
                 self.check(book.ours <= owed, f"{book.id}: paid {book.ours} of {owed}")
                 continue
-            level = min(book.baseline + owed, book.total - book.refunded)
+            kept = book.total - book.refunded if book.kept is None else book.kept
+            level = min(book.baseline + owed, kept)
             if self.trusting:
                 self.check(
                     book.released == level,
@@ -1039,7 +1061,7 @@ def _seams(sim: Simulation) -> Iterator[None]:
     secrets = SimpleNamespace(token_hex=lambda _: f"{next(ids):024d}")
     put(meterd.settler, "secrets", secrets)
     put(meterd.store.sqlite, "_give_memory_back", _ignore)
-    for module in (meterd.app, meterd.bookkeeper, meterd.intake, meterd.settler):
+    for module in (meterd.app, meterd.bookkeeper, meterd.intake, meterd.opener, meterd.settler):
         put(module, "log", _Quiet())
     pace = meterd.app.pace_of
     put(meterd.app, "pace_of", lambda one: replace(pace(one), reconcile_interval=20.0))
@@ -1048,9 +1070,9 @@ def _seams(sim: Simulation) -> Iterator[None]:
     def recorded(keeper: Any, source: str, given: Deliveries, **more: Any) -> Any:
         return sim.judged(record, keeper, source, given, **more)
 
-    def stepped(keeper: Any, account: Any, event: Any) -> Any:
-        before = keeper.ledger.escrows[account.escrow]
-        after, effects = step(keeper, account, event)
+    def stepped(keeper: Any, escrow: str, event: Any) -> Any:
+        before = keeper.ledger.escrows[escrow]
+        after, effects = step(keeper, escrow, event)
         sim.stepped(before, event, after, effects)
         return after, effects
 

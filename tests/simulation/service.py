@@ -66,6 +66,7 @@ class Book:
     under_way: set[str] = field(default_factory=set)  # May land yet.
     shots: list[tuple[float, int, int, str]] = field(default_factory=list)
     lie: str = ""
+    kept: int | None = None  # What could be paid in all when meterd asked for the refund.
 
     @property
     def ours(self) -> int:
@@ -272,7 +273,7 @@ class Wire:
         self._service = service
         self._clock = clock
 
-    async def read(self, escrow: str) -> Reading | Unread:
+    async def read(self, escrow: str, _role: str) -> Reading | Unread:
         """GET, with whatever goes wrong on the way."""
         service, sim, rng = self._service, self._service.sim, self._service.rng
         mono = self._clock.mono()
@@ -296,7 +297,22 @@ class Wire:
     def _said(self, status: int, body: bytes, mono: float) -> Reading | Unread:
         return outcomes.answer_to_read(Received(status, {}, body), MASK, mono, self._clock.wall())
 
-    async def release_partial(self, release: Release) -> Answer:
+    async def refund_rest(self, escrow: str) -> Answer:
+        """POST /refund: of what is closed nothing is released any more, so the rest may go back."""
+        service, sim, rng = self._service, self._service.sim, self._service.rng
+        book = service.books[escrow]
+        await asyncio.sleep(rng.random() * 0.05)
+        now = sim.loop.now
+        if now < service.out_until or now < service.key_until:
+            return Answer(AnswerKind.NOT_SENT, "nothing was sent: connection refused")
+        if not sim.calm and rng.random() < 0.2:
+            return Answer(AnswerKind.DOUBT, "no whole answer")
+        if not book.ended:
+            book.kept = book.total - book.refunded
+            service.end(book, "refunded")
+        return Answer(AnswerKind.CONFIRMED, "refunded")
+
+    async def release_partial(self, release: Release, _role: str) -> Answer:
         """POST, once; the world lets it land whether or not the daemon lives to hear of it."""
         service, sim, rng = self._service, self._service.sim, self._service.rng
         book = service.books[release.escrow]
