@@ -20,7 +20,6 @@ from meterd.core.money import BadNumber, parse_amount
 from meterd.core.plans import Pattern
 from meterd.errors import MeterdError, Mistake
 
-
 DEMO_SECONDS = 60
 LIFE_SECONDS = 15  # One pattern's.
 ForPattern = Annotated[

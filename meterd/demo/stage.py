@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -212,8 +213,15 @@ class Stage:
             return False
         return True
 
-    async def call(self, method: str, url: str, body: object = None, key: str = "") -> Any:
-        """One call; the decoded JSON answer, or None.
+    async def call(
+        self,
+        method: str,
+        url: str,
+        body: object = None,
+        key: str = "",
+        allowed: Container[int] = (),
+    ) -> Any:
+        """One call; the decoded JSON answer, or None. `allowed`: refusals that are answers too.
 
         Raises `MeterdError` for whatever goes wrong.
         """
@@ -221,7 +229,7 @@ class Stage:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             async with self._session.request(method, url, json=body, headers=headers) as answer:
-                if answer.status >= 400:
+                if answer.status >= 400 and answer.status not in allowed:
                     text = (await answer.text())[:200]
                     raise MeterdError(f"{method} {url} answered {answer.status}: {text}")
                 if answer.content_type != "application/json":
