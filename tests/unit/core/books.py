@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from meterd.core.accounts import Agreement
-from meterd.core.changes import State
+from meterd.core.accounts import Agreement, Touched
+from meterd.core.changes import CardRow, State
 from meterd.core.events import EventDecoder
 from meterd.core.ledger import Ledger, contents
 from meterd.core.meters import Aggregation, Meter
@@ -55,6 +55,7 @@ class Till:
     rejections: list = field(default_factory=list)
     rows: dict = field(default_factory=dict)
     samples: dict = field(default_factory=dict)
+    taken: dict = field(default_factory=dict)  # What each event added, by (source, id).
 
     def take(self, payloads, *, ids=None, source="s", now=NOW):
         """Take a batch: the entry that was applied."""
@@ -67,16 +68,40 @@ class Till:
         for place in range(len(digests)):
             if entry.fresh is None or entry.fresh[place]:
                 self.known[digests[place]] = prints[place]
-        change = self.books.apply(entry, now).change()
-        for row in change.counters:
-            self.rows[row.number] = row
-        for sample in change.samples:
-            self.samples[sample.counter, sample.key] = sample
+                self._note(resolved, place)
+        self.keep(self.books.apply(entry, now))
         assert len(payloads) == entry.accepted + entry.duplicates + len(entry.rejections)
         self.accepted += entry.accepted
         self.duplicates += entry.duplicates
         self.rejections += entry.rejections
         return entry
+
+    def _note(self, resolved, place):
+        counter, event = resolved.counters[place], resolved.events[place]
+        if counter is not None:
+            added = resolved.amounts.get(place, 0), resolved.keys.get(place, "")
+            quantity = resolved.quantities[place]
+            self.taken[event.source, event.id] = counter.number, quantity, *added
+
+    def keep(self, touched):
+        """Keep the rows of a change, as a store would."""
+        change = touched.change()
+        self.rows.update({row.number: row for row in change.counters})
+        self.samples.update({(row.counter, row.key): row for row in change.samples})
+        return change
+
+    def take_back(self, event_id, source="s"):
+        """Take back what an event added."""
+        number, quantity, amount, key = self.taken.pop((source, event_id))
+        touched = Touched()
+        self.books.take_back(self.books.counter(number), quantity, amount, key, touched)
+        return self.keep(touched)
+
+    def restored(self, plans=None, meters=None):
+        """The ledger that a restart would make of what was stored."""
+        cards = [CardRow(card.id, card.text) for card in self.books.cards.values()]
+        plans, meters = plans or self.books.plans, meters or self.books.meters
+        return Ledger.restore(plans, meters, self.state(cards))
 
     def verdicts(self, payloads, **kwargs):
         """What became of each delivery of a batch: a reason, or "" for accepted or duplicate."""

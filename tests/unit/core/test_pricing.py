@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meterd.core.money import NANOS, PICOS
-from meterd.core.pricing import MAIN, OTHER, Rate, RateCard, Usage
+from meterd.core.pricing import (
+    MAIN,
+    OTHER,
+    OUTCOME_METER,
+    PERIOD_METER,
+    Model,
+    Rate,
+    RateCard,
+    Tier,
+    Usage,
+)
+from tests.unit.core.naive import naive_charge
 
 VALUES = ["", "a", "b", "c", OTHER, f"{OTHER}*", "zzz"]
 PERS = [1, 3, 7, 10, 60, 1000, 3600]
@@ -124,3 +136,157 @@ def test_charge_refuses_usage_that_no_rate_prices():
     """Counted usage without a rate is a broken invariant."""
     with pytest.raises(AssertionError, match="tokens"):
         RateCard((Rate("calls", 1),)).charge({("tokens", ()): Usage(1)})
+
+
+# -- All models, limits and periods ----------------------------------------------------------------
+
+
+@st.composite
+def _tiers(draw):
+    ends = sorted(draw(st.sets(st.integers(1, 20 * NANOS), max_size=3)))
+    prices = [draw(st.tuples(st.integers(0, 10**13), st.integers(0, 10**13))) for _ in ends]
+    last = draw(st.tuples(st.integers(0, 10**13), st.just(0)))
+    steps = zip(ends, prices, strict=True)
+    return (*(Tier(end, *price) for end, price in steps), Tier(None, *last))
+
+
+_limits = st.one_of(st.none(), st.integers(0, 10**7))
+models = st.builds(
+    lambda model, price, per, tiers, free, minimum, maximum: Rate(
+        "tokens",
+        price,
+        per,
+        model=model,
+        tiers=tiers if model in (Model.GRADUATED, Model.VOLUME) else (),
+        free_units=0 if model is Model.DYNAMIC else free,
+        minimum=minimum,
+        maximum=maximum,
+    ),
+    st.sampled_from(list(Model)),
+    st.integers(0, 10**13),
+    st.sampled_from(PERS),
+    _tiers(),
+    st.one_of(st.just(0), st.integers(0, 10 * NANOS)),
+    _limits,
+    _limits,
+)
+
+
+@given(
+    st.lists(models, min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9 * NANOS), st.integers(0, 10**13))),
+    st.booleans(),
+    st.randoms(),
+)
+def test_charge_of_every_model_is_the_naive_one_in_any_order(rates, events, ended, random):
+    """Six models, free units, minimum and maximum: the card's integers against fractions."""
+    kinds = [
+        msgspec.structs.replace(rate, where=(("kind", str(n)),)) for n, rate in enumerate(rates)
+    ]
+    card = RateCard((*kinds, Rate(PERIOD_METER, 7 * PICOS, role="base")))
+    random.shuffle(events)
+    usage = {(PERIOD_METER, ()): Usage(NANOS)} if ended else {}
+    units, brought = [Fraction(0)] * len(rates), [Fraction(0)] * len(rates)
+    for which, nanos, picos in events:
+        place = which % len(rates)
+        key = "tokens", (("kind", str(place)),)
+        before = usage.get(key, Usage(0))
+        usage[key] = Usage(before.quantity + nanos, before.amount + nanos * picos)
+        units[place] += Fraction(nanos, NANOS)
+        brought[place] += Fraction(nanos * picos, NANOS * PICOS)
+    expected = sum(
+        naive_charge(*each, ended=ended) for each in zip(rates, units, brought, strict=True)
+    )
+
+    charge = card.charge(usage)
+
+    assert charge.get(MAIN, 0) == expected
+    assert charge.get("base", 0) == (7 if ended else 0)
+
+
+UP_TO_TEN = (Tier(10 * NANOS, PICOS // 10, PICOS), Tier(None, PICOS // 100))
+EXAMPLES = {
+    "graduated, on the border": (Model.GRADUATED, {}, 10, 2),
+    "graduated, one beyond": (Model.GRADUATED, {}, 11, Fraction("2.01")),
+    "graduated, nothing": (Model.GRADUATED, {}, 0, 0),
+    "volume, on the border": (Model.VOLUME, {}, 10, 2),
+    "volume, one beyond": (Model.VOLUME, {}, 11, Fraction("0.11")),
+    "volume, nothing": (Model.VOLUME, {}, 0, 0),
+    "volume, all of it free": (Model.VOLUME, {"free_units": 5 * NANOS}, 5, 0),
+    "package, a whole one": (Model.PACKAGE, {"price": PICOS, "per": 5}, 5, 1),
+    "package, one begun": (Model.PACKAGE, {"price": PICOS, "per": 5}, "5.000000001", 2),
+    "percentage": (Model.PERCENTAGE, {"price": PICOS // 40}, 8, Fraction("0.2")),
+    "free units": (Model.STANDARD, {"price": PICOS, "free_units": 3 * NANOS}, 5, 2),
+    "at most": (Model.STANDARD, {"price": PICOS, "maximum": 4_000_000}, 5, 4),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_charge_is_what_a_person_works_out(name):
+    """Borders of tiers belong to the tier below, and a package that was begun is whole."""
+    model, fields, units, usdc = EXAMPLES[name]
+    tiers = UP_TO_TEN if model in (Model.GRADUATED, Model.VOLUME) else ()
+    card = RateCard((Rate("tokens", **{"price": 0, "model": model, "tiers": tiers, **fields}),))
+    nanos = int(Fraction(units) * NANOS)
+
+    assert card.charge({("tokens", ()): Usage(nanos)}) == {MAIN: usdc}
+
+
+def test_minimum_counts_once_the_period_has_ended():
+    """During the period usage is charged as it is, at its end the rest is made up."""
+    card = RateCard((Rate("tokens", PICOS, minimum=3_000_000), Rate(PERIOD_METER, 0)))
+    ended = {(PERIOD_METER, ()): Usage(NANOS)}
+    used = {("tokens", ()): Usage(2 * NANOS)}
+
+    assert card.charge({}) == {}
+    assert card.charge(used) == {MAIN: 2}
+    assert card.charge({**used, **ended}) == {MAIN: 3}
+    assert card.charge(ended) == {MAIN: 3}
+
+
+def test_score_of_nothing_is_a_score_and_usage_of_nothing_is_none():
+    """A curve may pay for a score of 0; a volume price has nothing to say about no usage."""
+    tiers = (Tier(NANOS // 2, 0, PICOS), Tier(None, 0, 9 * PICOS))
+    card = RateCard((Rate(OUTCOME_METER, 0, model=Model.VOLUME, tiers=tiers),))
+
+    assert card.charge({(OUTCOME_METER, ()): Usage(0)}) == {MAIN: 1}
+    assert card.charge({(OUTCOME_METER, ()): Usage(NANOS)}) == {MAIN: 9}
+
+
+@given(models)
+def test_card_of_any_model_comes_back_from_its_text(rate):
+    """What the store keeps is the whole rate, and a card of old fields keeps its old name."""
+    card = RateCard((rate, Rate("calls", 1)))
+
+    assert RateCard.from_text(card.text) == card
+    assert '{"meter":"calls","price":1,"per":1,"where":[]}' in card.text
+
+
+@given(models)
+def test_rate_is_linear_only_where_the_charge_of_a_sum_is_the_sum(rate):
+    """Every other rate is worked out anew from the whole."""
+    bare = (rate.free_units, rate.minimum, rate.maximum) == (0, None, None)
+
+    assert rate.linear == (bare and rate.model in (Model.STANDARD, Model.PERCENTAGE, Model.DYNAMIC))
+
+
+WORDS = {
+    "tokens: graduated, up to 10 0.1 USDC + 1; beyond 0.01 USDC": Rate(
+        "tokens", 0, model=Model.GRADUATED, tiers=UP_TO_TEN
+    ),
+    "tokens: 2.5 % of the amount, at least 1.00 a period": Rate(
+        "tokens", PICOS // 40, model=Model.PERCENTAGE, minimum=1_000_000
+    ),
+    "tokens: the event's price, at most 2 USDC per 10, at most 0.00 a period": Rate(
+        "tokens", 2 * PICOS, 10, model=Model.DYNAMIC, maximum=0
+    ),
+    "tokens: 1 USDC for each 5 begun, the first 3 free": Rate(
+        "tokens", PICOS, 5, model=Model.PACKAGE, free_units=3 * NANOS
+    ),
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_every_model_is_worded_for_a_person(words):
+    """Price, tiers and limits stand in one line."""
+    assert WORDS[words].words == words
