@@ -131,7 +131,9 @@ class Holds:
         """Say what stands against more usage, whatever it costs; "" when nothing does."""
         if account.closing or ledger.is_closed(account):
             return "the agreement is closed"
-        if account.plan.period is not None and not ledger.is_covered(account):
+        # Before a deadline a period is ended early: who has paid for it is served until its end.
+        unpaid = account.period <= account.plan.period_at(account.opened_at, now)
+        if account.plan.period is not None and unpaid and not ledger.is_covered(account):
             return "no escrow holds the fee of this period; the payer must renew"
         quota = account.plan.quota
         if quota is not None and quota[0] == ask.meter:
