@@ -212,24 +212,35 @@ class Settler:
 
     async def visit(self, escrow: str) -> bool:
         """Read one escrow and do what its state table asks for; whether a call was made."""
-        bookkeeper, clock = self._bookkeeper, self._clock
-        if not self._worth_reading(bookkeeper.ledger.escrows[escrow]):
-            return False
+        escrows = self._bookkeeper.ledger.escrows
         # 1. Read.
-        if not await self._read(escrow):
+        if not self._worth_reading(escrows[escrow]) or not await self._read(escrow):
             return False
-        if bookkeeper.ledger.escrows[escrow].refund:
+        # 2. What is open, if anything is, comes first; else intend, and pay.
+        if escrows[escrow].refund:
+            paid = False
+        elif escrows[escrow].release is not None:
+            paid = await self._go_on(escrow)
+        else:
+            paid = await self._pay(escrow)
+        # 3. An escrow that is settled for good, as this visit has read it, gives back its rest.
+        if escrows[escrow].refund:
             await self._refund(escrow)
-            return False
-        # 2. A release that is open: the reading has resolved it, or only a repetition can.
+        return paid
+
+    async def _go_on(self, escrow: str) -> bool:
+        """Go on with an open release: the reading has resolved it, or only a repetition can."""
+        bookkeeper, clock = self._bookkeeper, self._clock
         release = bookkeeper.ledger.escrows[escrow].release
-        if release is not None:
-            if not bookkeeper.rules.honoured or release.status not in UNKNOWN_OUTCOME:
-                return False
-            return await self._carry_out(
-                escrow, await bookkeeper.step(escrow, Repeat(clock.mono(), clock.wall()))
-            )
-        # 3. Intend, and pay.
+        assert release is not None
+        if not bookkeeper.rules.honoured or release.status not in UNKNOWN_OUTCOME:
+            return False
+        event = Repeat(clock.mono(), clock.wall())
+        return await self._carry_out(escrow, await bookkeeper.step(escrow, event))
+
+    async def _pay(self, escrow: str) -> bool:
+        """Intend a release of what is due, and make its call."""
+        bookkeeper, clock = self._bookkeeper, self._clock
         why = bookkeeper.due(escrow)
         if not why or self.blocked():
             return False
