@@ -725,7 +725,8 @@ class Ledger:
                 quantity = event.quantity = 0
             else:
                 number, meter = event.quantity, counter.meter
-                if type(number) is int and 0 < number <= QUANTITY_MAX and meter.aggregation is _SUM:
+                plain = meter.aggregation is _SUM and not event.type  # A score is no quantity.
+                if plain and type(number) is int and 0 < number <= QUANTITY_MAX:
                     quantity = number * NANOS
                 else:
                     try:
@@ -1073,7 +1074,7 @@ def _measured(meter: Meter, event: UsageEvent) -> int:
     """Read what an event says, in nanos, and write it in one spelling. Raises `BadNumber`."""
     if meter.name == OUTCOME_METER:
         nanos = score_nanos(event.score)
-        event.score = format_quantity(nanos)
+        event.score, event.quantity = format_quantity(nanos), 1
         return nanos
     quantity = meter.measure(event.quantity)
     event.quantity = _one_spelling(meter, quantity)
