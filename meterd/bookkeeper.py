@@ -38,6 +38,7 @@ from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, R
 from meterd.core.holds import Ask, Holds, Verdict
 from meterd.core.ledger import HOUR_MS, OUTCOME_TYPE, VOID_TYPE, Conflict, Ledger, contents
 from meterd.core.meters import Meter
+from meterd.core.money import format_amount
 from meterd.core.openings import Opening
 from meterd.core.plans import AtClose, Plan
 from meterd.core.settlement import (
@@ -769,6 +770,8 @@ class Bookkeeper:
         if self._wants_refund(account, before, after):
             after = replace(after, refund=True)
             self.ledger.put(after)
+        if after.status is EscrowStatus.CLOSED and before.status is not EscrowStatus.CLOSED:
+            effects = self._collectible(account, after, effects)
         entries = [journal] if journal is not None else []
         entries += [
             self._journal("meterd", effect.action, escrow, effect.detail)
@@ -799,6 +802,29 @@ class Bookkeeper:
         closed = after.status is EscrowStatus.CLOSED and before.status is not EscrowStatus.CLOSED
         left = after.remaining > 0 and after.service_status in LIVE and not after.refillable
         return closed and left and account.plan.at_close is AtClose.REFUND
+
+    def _collectible(self, account: Account, ended: Escrow, effects: Effects) -> Effects:
+        """Usage that an ended escrow leaves unpaid is lost only where no other one can pay it.
+
+        Those that are left are looked at: from now on they owe it.
+        """
+        others = [escrow for escrow in self._open_escrows(account) if escrow.role == ended.role]
+        for escrow in others:
+            self.visit(escrow.id)
+        if not others or not any(_is_loss(effect) for effect in effects):
+            return effects
+        rest = tuple(effect for effect in effects if not _is_loss(effect))
+        lost = self.ledger.uncovered(account, ended.role)
+        if lost > 0:
+            detail = f"{ended.reason}: no escrow can pay {format_amount(lost)} USDC of its usage"
+            return (*rest, Alarm("uncollectible", detail))
+        log.info(
+            f"{ended.reason}; what it left unpaid is drawn on the next one.",
+            action="usage_moved_on",
+            agreement=account.agreement.id,
+            escrow=ended.id,
+        )
+        return rest
 
     async def refunded(self, escrow: str) -> None:
         """The rest of a closed escrow was asked back, or there is none: nothing more to do."""
@@ -982,6 +1008,10 @@ def stored(escrow: Escrow) -> Escrow:
         next_mono=0.0,
         failures=0,
     )
+
+
+def _is_loss(effect: Effect) -> bool:
+    return isinstance(effect, Alarm) and effect.action == "uncollectible"
 
 
 def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded:

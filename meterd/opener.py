@@ -31,6 +31,7 @@ from meterd.logs import get_logger
 log = get_logger(__name__)
 
 RENEW_LOOK_S = 1.0  # How often agreements that meterd renews are looked at.
+FAILURES_MAX = 3  # Refusals in a row after which a period that nobody can pay for lapses.
 FAILED_WAIT_S, FAILED_WAIT_MAX_S = 30.0, 3600.0  # Before a refused renewal is tried again.
 BOUND_MAX = 100  # Found escrows that one list may bind; the next list goes on.
 WARNED_MAX = 10_000  # Found escrows that a person has been told of; then begun anew.
@@ -112,6 +113,7 @@ class Opener:
         self._retry_at: dict[str, float] = {}
         self._warned: set[str] = set()
         self._list_fails = False
+        self._await()
 
     @property
     def unfinished(self) -> list[Opening]:
@@ -545,6 +547,7 @@ class Opener:
         if not self._renewable() or mono < self._renew_at:
             return
         self._renew_at = mono + RENEW_LOOK_S
+        self._await()
         for account in list(self._renewed()):
             rows = list(self._lacking(account, mono))
             if rows and self._bookkeeper.store.writable:
@@ -555,6 +558,16 @@ class Opener:
             account = self._ledger.accounts.get(name)
             if account is not None and account.plan.renew:
                 yield account
+
+    def _await(self) -> None:
+        """Let no agreement lapse whose next escrow meterd is about to lock."""
+        given_up = {row.agreement for row in self._with(OpeningStatus.ABSENT)}
+        renewed = [account.agreement.id for account in self._renewed()] if self._renewable() else []
+        self._ledger.awaited = {
+            name
+            for name in renewed
+            if name not in given_up and self._failures.get(name, 0) < FAILURES_MAX
+        }
 
     def _lacking(self, account: Account, mono: float) -> Iterator[Opening]:
         name, plan, wall = account.agreement.id, account.plan, self._clock.wall()

@@ -88,6 +88,7 @@ HOUR_MS = 3_600_000
 # Spellings of (agreement, meter, dimension values) that are remembered; then begun anew.
 RESOLVED_MAX = 200_000
 VALUE_CHARS_MAX = 256
+AWAITED_MS = 1000  # How often a period that waits for its escrow is looked at.
 
 
 class Conflict(Exception):
@@ -110,6 +111,8 @@ class Ledger:
         self._stored_cards: set[str] = set()  # Those that a change has been made for.
         self._counter_next = 1
         self._by_number: dict[int, Counter] = {}
+        # Agreements whose next escrow meterd locks: they wait for it and do not lapse.
+        self.awaited: set[str] = set()
         self._period_ends: list[tuple[int, str]] = []  # A heap of (wall ms, agreement).
         self._note_plans()
 
@@ -442,6 +445,9 @@ class Ledger:
             if ends is None or ends > now:
                 self._note_period_end(account, margin)
                 continue
+            if self._is_awaited(account):
+                heapq.heappush(self._period_ends, (now + AWAITED_MS, name))
+                continue
             touched.accounts[account] = None
             if self.is_covered(account):
                 self._end_period(account, touched)
@@ -491,6 +497,13 @@ class Ledger:
             and ends - plan.period < escrow.deadline - lead < ends
         ]
         return min(deadlines, default=ends)
+
+    def _is_awaited(self, account: Account) -> bool:
+        """Whether the fee of the period that ends waits for an escrow that meterd is locking."""
+        if account.agreement.id not in self.awaited:
+            return False
+        unread = any(escrow.status is EscrowStatus.ADOPTING for escrow in self.escrows_of(account))
+        return unread or not self.is_covered(account)
 
     def is_covered(self, account: Account) -> bool:
         """Whether the escrows of the fee's role can hold the fees up to the running period."""
