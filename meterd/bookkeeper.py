@@ -69,6 +69,8 @@ from meterd.sources import Deliveries
 
 log = get_logger(__name__)
 
+# A caller who is denied may ask again and again: a wallet is read for it so often at most.
+REFILL_LOOK_S = 2.0
 # The source of usage that captures a hold by its id.
 HOLD_SOURCE = "hold"
 # No source is named so: control characters are refused. Marks an event that was taken back.
@@ -411,6 +413,8 @@ class Bookkeeper:
         self._expire_holds(now)
         verdict = self.holds.judge(self.ledger, account, ask, now)
         self._facts.gate(allowed=verdict.allowed)
+        if not verdict.allowed:
+            self._look_for_refill(account)
         if hold_ms is None or not verdict.allowed:
             return verdict, None
         hold = Hold(
@@ -426,6 +430,14 @@ class Bookkeeper:
         self.holds.add(hold)
         await self._durable(Change(holds=(hold,)))
         return verdict, hold
+
+    def _look_for_refill(self, account: Account) -> None:
+        """Read a payer's wallet again, now that the gate denies: he may have filled it up."""
+        for escrow in self._open_escrows(account):
+            reading = escrow.reading
+            old = reading is None or self.clock.mono() - reading.mono >= REFILL_LOOK_S
+            if escrow.refillable and old:
+                self.visit(escrow.id)
 
     def capture(self, hold: Hold, quantity: str) -> Recorded:
         """Record what a hold's work really used, as a usage event with the hold's id.

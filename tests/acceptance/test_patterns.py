@@ -221,7 +221,7 @@ def test_a_wallet_that_runs_dry_denies_and_pays_when_it_is_filled(make_node, san
     take(node, *calls("calls", "unasked", 5))
     dry = node.agreement("calls")
     call("POST", f"{sandbox.base}/_wallet", {"agent_id": PAYER, "amount": "1.00"})
-    node.ask("POST", "/v1/agreements/calls/settle", {"reason": "the payer has filled it up"})
+    until(lambda: ask(node, "calls", "calls")[0] == 200, "the gate to see that it was filled")
     node.wait_agreement("calls", released="0.02", uncollectible="0.00")
 
     assert (denied[0], denied[1]["missing"]) == (402, "0.001")
