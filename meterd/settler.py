@@ -46,6 +46,8 @@ log = get_logger(__name__)
 KEY_REFUSED_WAIT_S = 10.0
 # Something is due and a guard stands against it: near a deadline, say. A look costs a reading.
 BLOCKED_WAIT_S = 1.0
+# A wall clock that is set forward makes things due while the loop sleeps by another clock.
+CLOCK_LOOK_S = 60.0
 # A refund that was not granted is asked for again, after a reading, so often.
 REFUND_WAIT_S = 5.0
 
@@ -164,7 +166,7 @@ class Settler:
 
     async def _wait(self) -> None:
         """Sleep until something is due, a timer runs out or a threshold's moment comes."""
-        delays = [3600.0]
+        delays = [CLOCK_LOOK_S]
         if self._timers:
             delays.append(self._timers[0][0] - self._clock.mono())
         look = self._bookkeeper.next_look

@@ -17,6 +17,7 @@ from meterd.core.money import MICROS
 from meterd.core.plans import Plan
 from meterd.core.pricing import Dimensions, RateCard
 from meterd.core.settlement import ENDED, Escrow, EscrowStatus
+from meterd.core.thresholds import Bursts
 
 Why = tuple[Reason, str]
 CounterKey = tuple[int, str, str, Dimensions]  # Period, card, meter, priced dimensions.
@@ -119,6 +120,8 @@ class Account:
     period: int = 0
     # Only where the plan draws on more than one role: each one's part.
     by_role: dict[str, int] | None = None
+    # Only where the plan bounds the exposure: how fast usage has been earned.
+    bursts: Bursts | None = None
     counters: dict[CounterKey, Counter] = field(default_factory=dict)
     lines: dict[tuple[int, str, int], Line] = field(default_factory=dict)
 

@@ -75,7 +75,7 @@ from meterd.core.pricing import (
     RateCard,
 )
 from meterd.core.settlement import Escrow, EscrowStatus
-from meterd.core.thresholds import Standing
+from meterd.core.thresholds import Bursts, Standing
 
 CLOSE_TYPE = "meterd.close"
 VOID_TYPE = "meterd.void"
@@ -262,10 +262,15 @@ class Ledger:
             roles = {escrow: role for role, escrow in account.agreement.escrows}
             if any(roles.get(escrow, role) != role for role, escrow in given):
                 return f"agreement {agreement.id} has one of these escrows in another role"
-            if not account.closing:
-                given |= set(account.agreement.escrows)
-            elif not given <= set(account.agreement.escrows):
+            known_escrows = set(account.agreement.escrows)
+            if not (given <= known_escrows or known_escrows <= given):
+                return (
+                    f"agreement {agreement.id} is bound to {_listed(account.agreement)}; name these "
+                    "too, with the new escrow behind them, or bind it under another id"
+                )
+            if account.closing and not given <= known_escrows:
                 return f"agreement {agreement.id} is closing; bind the new escrow under another id"
+            given |= known_escrows
         roles_given = {role for role, _ in given}
         if roles_given != set(plan.roles):
             return (
@@ -328,6 +333,8 @@ class Ledger:
         self._accrued[account.denominator] = (
             self._accrued.get(account.denominator, 0) + account.numerator
         )
+        bounded = account.plan.settle.exposure_max is not None
+        account.bursts = Bursts(account.owed) if bounded else None
 
     def _price(self, counter: Counter, card: RateCard) -> None:
         """Give a counter its weight or, where its rate is not linear, its line."""
@@ -539,6 +546,8 @@ class Ledger:
         for role, charge in charges:
             account.grow(role, charge)
             self._accrued[account.denominator] += charge
+        if account.bursts is not None:
+            account.bursts.level = account.owed  # A fee is no burst of usage.
         if not account.unsettled_since:
             account.unsettled_since = account.opened_at + (account.period + 1) * (
                 account.plan.period or 0
@@ -585,7 +594,8 @@ class Ledger:
 
     def standing(self, account: Account, escrow: Escrow) -> Standing:
         """What the thresholds look at, for one of an account's escrows."""
-        return Standing(self.owed_on(account, escrow), account.units, account.unsettled_since)
+        owed = self.owed_on(account, escrow)
+        return Standing(owed, account.units, account.unsettled_since, account.bursts)
 
     def escrows_of(self, account: Account) -> Iterator[Escrow]:
         """The escrows of an account, in the order in which they are drawn on."""
@@ -959,6 +969,8 @@ class Ledger:
         for account in touched.accounts:
             if not account.unsettled_since:
                 account.unsettled_since = wall
+            if account.bursts is not None:
+                account.bursts.note(account.owed, wall)
         for account in entry.closes:
             closed = self.close(account)
             touched.counters.update(closed.counters)
@@ -1081,6 +1093,11 @@ def _out_of_turn(resolved: ResolvedBatch, place: int, reached: set[Counter]) -> 
                 return Reason.OUT_OF_ORDER, f"{name} comes first; send this one again after it"
     reached.add(counter)
     return None
+
+
+def _listed(agreement: Agreement) -> str:
+    """The escrows of an agreement as a person writes them."""
+    return ", ".join(f"{role} {escrow}" for role, escrow in agreement.escrows)
 
 
 def _measured(meter: Meter, event: UsageEvent) -> int:

@@ -272,7 +272,7 @@ def test_bind_hands_out_all_that_must_be_stored():
         (Agreement("c", "stream", "p", (("main", "esc_a"),)), "esc_a belongs to agreement a"),
         (Agreement("c", "stream", "p", (("main", "b"),)), "b belongs to agreement b"),
         (Agreement("esc_b", "stream", "p", (("main", "e"),)), "esc_b belongs to agreement b"),
-        (Agreement("a", "stream", "p", (("base", "esc_n"),)), "draws on main"),
+        (Agreement("a", "stream", "p", (("main", "esc_n"),)), "is bound to main esc_a; name these"),
         (Agreement("a", "stream", "p", (("base", "esc_a"),)), "in another role"),
     ],
 )
