@@ -64,12 +64,18 @@ def test_every_key_that_a_document_names_exists(document: Path) -> None:
             models_at(key)
         except LookupError:
             wrong.append(key)
-    known = {*RESERVED, *_names()}
+    known = {*RESERVED, *_names(), *variables_of_the_tests()}
     texts = "\n".join([prose(document), *(block.text for block in blocks(document))])
     unknown = set(re.findall(r"METERD_[A-Z_]+", texts)) - known
 
     assert wrong == []
     assert unknown == set()
+
+
+def variables_of_the_tests() -> set[str]:
+    """What a test reads of the environment, so that a run can be repeated or made longer."""
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    return {name for text in texts for name in re.findall(r'environ\.get\("(METERD_\w+)"', text)}
 
 
 def test_the_readme_names_keys_at_all() -> None:
@@ -188,6 +194,64 @@ def test_every_make_target_that_a_document_names_exists(document: Path) -> None:
     }
 
     assert named <= targets
+
+
+# -- Proofs ----------------------------------------------------------------------------------------
+
+GUARANTEES = ROOT / "docs" / "guarantees.md"
+
+
+def proofs_in(document: Path) -> list[str]:
+    """Every `make test` and `make soak` with arguments that a document names."""
+    lines = [line.strip() for block in blocks(document) for line in block.text.splitlines()]
+    return [
+        text
+        for text in (*code_words(document), *lines)
+        if re.match(r"make (test|soak) ARGS=", text)
+    ]
+
+
+def _tests_of(path: Path) -> list[Path]:
+    return sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+
+
+def _flaw(command: str) -> str:
+    """What is wrong with a command that runs tests; "" for nothing."""
+    target, arguments = shlex.split(command)[1:3]
+    words = shlex.split(arguments.removeprefix("ARGS="))
+    paths = [word for word in words if "/" in word]
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    if target not in {"test", "soak"} or missing or not paths:
+        return f"{command}: {', '.join(missing) or 'no tests'}"
+    texts = [file.read_text() for path in paths for file in _tests_of(ROOT / path)]
+    names = " ".join(name for text in texts for name in re.findall(r"def (test_\w+)", text))
+    chosen = words[words.index("-k") + 1] if "-k" in words else ""
+    unknown = {word for word in chosen.split() if word not in {"and", "or", "not"}}
+    unknown = {word for word in unknown if word not in names}
+    if target == "soak" and not any("mark.soak" in text for text in texts):
+        return f"{command}: none of them is long"
+    return f"{command}: no test is named {', '.join(sorted(unknown))}" if unknown else ""
+
+
+@each_document
+def test_every_proof_that_a_document_names_exists(document: Path) -> None:
+    """Its files are there, and tests with the names that it chooses."""
+    flaws = [flaw for command in proofs_in(document) if (flaw := _flaw(command))]
+
+    assert flaws == []
+
+
+def test_the_page_of_guarantees_has_a_proof_for_every_promise() -> None:
+    """No row of its first table is without one, and a made-up proof is found."""
+    table = GUARANTEES.read_text().partition("## The promises")[2].partition("\n\nA call")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+
+    assert len(rows) >= 8
+    assert [row for row in rows if "make test ARGS=" not in row] == []
+    assert _flaw('make test ARGS="tests/unit/test_nothing.py"') != ""
+    assert _flaw("make test ARGS=\"tests/test_documents.py -k 'proof or nonesuch'\"") != ""
+    assert _flaw('make soak ARGS="tests/test_architecture.py"') != ""
+    assert _flaw('make test ARGS="tests/test_documents.py -k proof"') == ""
 
 
 # -- Metrics, output, links ------------------------------------------------------------------------

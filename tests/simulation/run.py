@@ -865,8 +865,10 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
                     f"{book.id}: released {book.released}, owed {level} when it closed",
                 )
             late = self.scenario == "late"  # It may land even after the agreement was closed.
+            # A stranger may release behind the last reading, which the close rests on.
+            unseen = book.released - known.expected
             self.check(
-                known.expected == book.released or (late and known.expected < book.released),
+                unseen == 0 or (late and unseen > 0) or 0 < unseen <= book.foreign,
                 f"{book.id}: the books say {known.expected}, the service {book.released}",
             )
 
