@@ -35,6 +35,7 @@ FAILURES_MAX = 3  # Refusals in a row after which a period that nobody can pay f
 FAILED_WAIT_S, FAILED_WAIT_MAX_S = 30.0, 3600.0  # Before a refused renewal is tried again.
 BOUND_MAX = 100  # Found escrows that one list may bind; the next list goes on.
 WARNED_MAX = 10_000  # Found escrows that a person has been told of; then begun anew.
+ASKED, AGAIN = "asked", "again"  # Why an opening is made; given up, that another one took over.
 BY_METERD, BY_DISCOVERY = "meterd", "discovery"
 NO_PAYER = (
     "escrow.payer_api_key is not set, so escrow.api_key would lock: write escrow.payer_api_key_file"
@@ -170,7 +171,7 @@ class Opener:
         have = {row.role for row in waiting if row.status is OpeningStatus.LOCKED}
         amounts = _amounts(plan, wish)
         rows = [
-            self._row(agreement, plan, payer, role, amounts[role], provider, "asked")
+            self._row(agreement, plan, payer, role, amounts[role], provider, ASKED)
             for role in plan.roles
             if role not in have
         ]
@@ -269,7 +270,7 @@ class Opener:
     def _absent(self, agreement: str, roles: set[str]) -> list[Opening]:
         """Openings that were given up and are now made again: they stand in nobody's way."""
         return [
-            replace(row, why="again")
+            replace(row, why=AGAIN)
             for row in self._openings.values()
             if row.status is OpeningStatus.ABSENT
             and row.agreement == agreement
@@ -357,6 +358,7 @@ class Opener:
             del self._openings[row.id]
         self._opened.add(agreement)
         self._failures.pop(agreement, None)
+        self._await()
         self._changed.set()
 
     def _hold_off(self, agreement: str, retry_after: float | None) -> None:
@@ -561,7 +563,8 @@ class Opener:
 
     def _await(self) -> None:
         """Let no agreement lapse whose next escrow meterd is about to lock."""
-        given_up = {row.agreement for row in self._with(OpeningStatus.ABSENT)}
+        absent = self._with(OpeningStatus.ABSENT)
+        given_up = {row.agreement for row in absent if row.why != AGAIN}
         renewed = [account.agreement.id for account in self._renewed()] if self._renewable() else []
         self._ledger.awaited = {
             name
@@ -576,7 +579,7 @@ class Opener:
         for role, why in lacking(self._ledger, account, wall, self._ahead(plan)):
             # One that is open counts as locked; one that was given up waits for a person.
             if any(
-                row.agreement == name and row.role == role and row.why != "again"
+                row.agreement == name and row.role == role and row.why != AGAIN
                 for row in self._openings.values()
             ):
                 continue
