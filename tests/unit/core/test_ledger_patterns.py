@@ -174,7 +174,8 @@ def test_agreement_that_is_renewed_goes_on():
     """The next escrow holds the next fee."""
     books = till(subscription(), total=7_000_000)
     ends(books, NOW + HOUR)
-    books.books.bind(Agreement("a", "p", "payer", (("main", "esc_2"),)), NOW)
+    both = (("main", "esc_main"), ("main", "esc_2"))
+    books.books.bind(Agreement("a", "p", "payer", both), NOW)
     fresh = books.books.escrows["esc_2"]
     books.books.put(
         replace(fresh, status=EscrowStatus.ACTIVE, total=5_000_000, remaining=5 * 10**6)
@@ -415,7 +416,8 @@ def test_score_that_was_refused_costs_nothing_whatever_else_happens():
     """A curve that pays for 0 does not pay for no score at all."""
     books = till(SCORE)
     books.take([scored("x", 7)])
-    books.books.bind(Agreement("a", "s", "payer", (("main", "esc_2"),)), NOW)
+    both = (("main", "esc_main"), ("main", "esc_2"))
+    books.books.bind(Agreement("a", "s", "payer", both), NOW)
 
     assert account(books).accrued == 0
     assert agrees(books)
