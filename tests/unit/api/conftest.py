@@ -55,6 +55,7 @@ class World:
     bookkeeper: Bookkeeper
     intake: Intake
     settler: FakeSettler
+    opener: FakeOpener
     overview: api.Overview
     session: aiohttp.ClientSession
     base: str
@@ -126,7 +127,8 @@ async def make_world() -> AsyncIterator[MakeWorld]:
             metrics = Metrics(CollectorRegistry(), meters=tuple(METERS), sources=("mqtt",))
             bookkeeper = make_bookkeeper(store, facts=metrics, clock=clock, identities=identities)
             intake = Intake(bookkeeper, [], pending_max=pending_max)
-            settler, overview = FakeSettler(), api.Overview(bookkeeper)
+            settler, opener = FakeSettler(), FakeOpener()
+            overview = api.Overview(bookkeeper)
             fatal: list[BaseException] = []
             metrics.watch(
                 Reads(
@@ -142,7 +144,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
                 bookkeeper,
                 intake,
                 settler=settler,
-                opener=FakeOpener(),
+                opener=opener,
                 overview=overview,
                 instruments=metrics,
                 store_bytes=lambda: 4096,
@@ -163,6 +165,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
                 bookkeeper,
                 intake,
                 settler,
+                opener,
                 overview,
                 session,
                 f"http://127.0.0.1:{port}",
