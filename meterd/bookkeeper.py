@@ -675,7 +675,7 @@ class Bookkeeper:
 
     async def close(self, account: Account, actor: str, reason: str = "") -> None:
         """Settle an agreement to the last quantum and close it."""
-        touched = self.ledger.close(account)
+        touched = self.ledger.close(account, self.clock.wall())
         escrows = self._close_escrows(account)
         entry = self._journal(actor, "agreement_closing", account.agreement.id, reason)
         await self._durable(replace(touched.change(), escrows=tuple(escrows), journal=(entry,)))

@@ -423,14 +423,17 @@ class Ledger:
                         "write a meter of another name"
                     )
 
-    def close(self, account: Account) -> Touched:
-        """Mark an agreement as closing: usage is still taken until its escrows are closed.
+    def close(self, account: Account, wall: int | None = None) -> Touched:
+        """Mark an agreement as closing, at wall ms: usage is taken until its escrows are closed.
 
-        The running period ends with it, so its fee and its minimums are owed.
+        The running period ends with it, so its fee and its minimums are owed. Where the one before
+        was ended early, for a deadline's sake, it may not have begun yet: then it never does.
         """
         touched = Touched(accounts={account: None})
         if not account.closing:
-            self._end_period(account, touched)
+            plan = account.plan
+            if wall is None or account.period <= plan.period_at(account.opened_at, wall):
+                self._end_period(account, touched)
             account.closing = True
         return touched
 
@@ -972,7 +975,7 @@ class Ledger:
             if account.bursts is not None:
                 account.bursts.note(account.owed, wall)
         for account in entry.closes:
-            closed = self.close(account)
+            closed = self.close(account, wall)
             touched.counters.update(closed.counters)
             touched.accounts.update(closed.accounts)
         return touched

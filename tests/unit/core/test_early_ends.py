@@ -1,4 +1,4 @@
-"""The gate over periods: whom it serves while a fee is paid, and while nobody has renewed."""
+"""Periods that end early, for a deadline's sake: who is served, and what a close still costs."""
 
 from __future__ import annotations
 
@@ -56,3 +56,24 @@ def test_payer_is_denied_in_a_period_that_no_escrow_can_pay(books):
     put(books, total=FEE - 1, remaining=FEE - 1)
 
     assert "the payer must renew" in judge(books, NOW).reason
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_payer_closes_between_the_early_end_and_the_real_one(books, renewed):
+    """He owes the one fee, and none for a period that has not begun."""
+    early = NOW + 168 * HOUR - 900_000
+    books.end_periods(early, 60_000)
+    if renewed:
+        put(books, total=2 * FEE, remaining=2 * FEE)
+    books.close(books.accounts["a"], early)
+
+    assert FEE == books.accounts["a"].owed
+
+
+def test_payer_who_closes_in_a_period_owes_it(books):
+    """From its first moment on."""
+    put(books, total=2 * FEE, remaining=2 * FEE)
+    books.end_periods(NOW + 168 * HOUR, 60_000)
+    books.close(books.accounts["a"], NOW + 168 * HOUR)
+
+    assert 2 * FEE == books.accounts["a"].owed
