@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_FLOOR, Decimal
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import paho.mqtt.client as paho
@@ -27,6 +27,8 @@ from meterd.errors import MeterdError
 
 QUANTUM = Decimal("0.000001")
 PUBLISH_TIMEOUT_S = 10.0
+HOLD_S = 60  # Longer than any restart.
+PAYER = "agent_payer"
 
 Event = dict[str, object]
 
@@ -41,7 +43,9 @@ class Customer:
     deposit: str
     burst: int  # Calls at a time, at most.
     forgetful: bool = False  # His part of the service sends each event twice.
-    escrow: str = ""
+    roles: tuple[str, ...] = ("main",)  # Of his escrows, each with the deposit.
+    agreement: str = ""
+    escrows: dict[str, str] = field(default_factory=dict)
     events: int = 0
     used: Decimal = Decimal(0)
     numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -50,6 +54,15 @@ class Customer:
     def payable(self) -> Decimal:
         """What must have been released in the end: the used amount, cut at the quantum."""
         return self.used.quantize(QUANTUM, ROUND_FLOOR)
+
+    async def visit(self, way: Transport, gate: Gate, rng: random.Random) -> None:  # noqa: ARG002
+        """Come to the service once. The gate is for those who are asked for money first."""
+        events = self.use(rng)
+        if events:
+            await way.send(events + events if self.forgetful else events)
+
+    async def leave(self, way: Transport) -> None:
+        """Do what is done when the time is over, before the agreement is closed."""
 
     def use(self, rng: random.Random) -> list[Event]:
         """Use the service some times; the usage events that the service tells."""
@@ -76,28 +89,23 @@ class Customer:
         ]
 
     def _event(self, meter: str, quantity: object, dimensions: object = None) -> Event:
-        event: Event = {
-            "id": f"{self.name.lower()}-{next(self.numbers)}",
-            "source": "demo-service",
-            "escrow_id": self.escrow,
-            "meter": meter,
-            "quantity": quantity,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        }
+        event = self._told("", meter=meter, quantity=quantity)
         if dimensions is not None:
             event["dimensions"] = dimensions
         return event
 
-
-def cast() -> list[Customer]:
-    """The customers of the demo."""
-    return [
-        Customer("Ada", "tokens", "mqtt", "5.00", 4),
-        Customer("Bo", "calls", "redis", "5.00", 12),
-        Customer("Cy", "tokens", "http", "5.00", 6),
-        Customer("Di", "speech", "redis", "5.00", 3),
-        Customer("Eve", "calls", "redis", "5.00", 8, forgetful=True),
-    ]
+    def _told(self, kind: str, **fields: object) -> Event:
+        """An event with its id and time; of a kind, where it has one."""
+        event: Event = {
+            "id": f"{self.name.lower()}-{next(self.numbers)}",
+            "source": "demo-service",
+            "escrow_id": self.agreement,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **fields,
+        }
+        if kind:
+            event["type"] = kind
+        return event
 
 
 class Transport(Protocol):
@@ -108,6 +116,33 @@ class Transport(Protocol):
 
     async def send(self, events: list[Event]) -> None:
         """Send usage events, again and again with the same ids until they are taken over."""
+
+
+class Gate:
+    """`POST /v1/authorize`: a call is reserved before it is served, and captured afterwards."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    async def reserve(self, agreement: str, meter: str) -> str:
+        """Reserve one unit; the hold, or "" where the answer is no."""
+        body = {"agreement": agreement, "meter": meter, "quantity": 1, "hold": HOLD_S}
+        answer = await self._ask("/v1/authorize", body)
+        return str(answer.get("hold", ""))
+
+    async def capture(self, hold: str) -> None:
+        """Turn a hold into usage; once more is no more usage. Raises `MeterdError`."""
+        answer = await self._ask(f"/v1/holds/{hold}/capture", {})
+        if "accepted" not in answer:
+            raise MeterdError(f"hold {hold} is lost")
+
+    async def _ask(self, path: str, body: object) -> Any:
+        """Ask until answered: a daemon that was killed meanwhile has forgotten nothing."""
+        url = f"{self._stage.addresses.daemon}{path}"
+        while True:
+            with contextlib.suppress(MeterdError):
+                return await self._stage.call("POST", url, body, allowed=(402, 404))
+            await asyncio.sleep(0.2)
 
 
 class HttpTransport:
@@ -196,29 +231,37 @@ async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
 async def open_agreements(stage: Stage, customers: list[Customer]) -> None:
     """Each customer locks a deposit for the provider; the provider binds it to a plan."""
     for customer in customers:
-        body = {
-            "to_agent_id": "agent_provider",
-            "amount": customer.deposit,
-            "memo": f"demo:{customer.name}",
-        }
-        url = f"{stage.addresses.escrow}/api/v1/escrow"
-        locked = await stage.call("POST", url, body, PAYER_KEY)
-        customer.escrow = locked["escrow_id"]
+        for role in customer.roles:
+            customer.escrows[role] = await _lock(stage, customer, role)
         binding = {
             "plan": customer.plan,
             "payer": customer.name,
-            "escrows": {"main": customer.escrow},
+            "escrows": customer.escrows,
         }
-        url = f"{stage.addresses.daemon}/v1/agreements/{customer.escrow}"
+        customer.agreement = customer.escrows[customer.roles[0]]
+        url = f"{stage.addresses.daemon}/v1/agreements/{customer.agreement}"
         await stage.call("PUT", url, binding)
 
 
-async def serve(customer: Customer, way: Transport, until: asyncio.Event, seed: int) -> None:
+async def _lock(stage: Stage, customer: Customer, role: str) -> str:
+    if role == "wallet":
+        return PAYER  # A wallet is not locked.
+    body = {
+        "to_agent_id": "agent_provider",
+        "amount": customer.deposit,
+        "memo": f"demo:{customer.name}",
+    }
+    url = f"{stage.addresses.escrow}/api/v1/escrow"
+    return str((await stage.call("POST", url, body, PAYER_KEY))["escrow_id"])
+
+
+async def serve(
+    customer: Customer, way: Transport, gate: Gate, until: asyncio.Event, seed: int
+) -> None:
     """Serve one customer until the demo's time is over."""
     rng = random.Random(seed)  # noqa: S311 - believable traffic, no secret.
     while not until.is_set():
-        events = customer.use(rng)
-        await way.send(events + events if customer.forgetful else events)
+        await customer.visit(way, gate, rng)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(rng.uniform(0.05, 0.6)):
                 await until.wait()
@@ -229,7 +272,7 @@ def bad_event(customer: Customer) -> Event:
     return {
         "id": f"{customer.name.lower()}-broken",
         "source": "demo-service",
-        "escrow_id": customer.escrow,
+        "escrow_id": customer.agreement,
         "meter": "calls",
         "quantity": -5,
         "time": "yesterday",

@@ -64,6 +64,50 @@ settle = {{ units = "100", interval = "10s", min_release = "0.000001" }}
 pattern = "streaming"
 rates = [{{ meter = "seconds", price = "0.36", per = 3600 }}]
 settle = {{ amount = "0.005", interval = "5s", min_release = "0.000001" }}
+
+[meters.requests]
+aggregation = "count"
+
+[meters.pages]
+aggregation = "count"
+
+[meters.units]
+
+[plans.single]
+pattern = "pay_per_call"
+rates = [{{ meter = "calls", price = "0.001" }}]
+
+[plans.pages]
+pattern = "pay_per_call"
+draws_on = "escrow"
+rates = [{{ meter = "pages", price = "0.05" }}]
+settle = {{ amount = "0.10", min_release = "0.000001" }}
+
+[plans.pass]
+pattern = "subscription"
+fee = "2.00"
+quota = {{ meter = "requests", units = 1000 }}
+
+[plans.project]
+pattern = "milestone"
+deposit = "2.00"
+tranches = [
+    {{ name = "draft", amount = "0.50" }},
+    {{ name = "build", amount = "1.00" }},
+    {{ name = "launch", amount = "0.50" }},
+]
+
+[plans.answer]
+pattern = "performance"
+deposit = "3.00"
+steps = [{{ score = "0.9", share = "1" }}, {{ score = "0.7", share = "0.70" }}]
+
+[plans.mixed]
+pattern = "hybrid"
+fee = "2.00"
+deposit = "2.00"
+rates = [{{ meter = "units", price = "0.01", free_units = 100 }}]
+settle = {{ amount = "0.20", interval = "5s", min_release = "0.000001" }}
 """
 REDIS = """
 [[sources]]

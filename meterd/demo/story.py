@@ -14,10 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from meterd.demo.customers import cast
 from meterd.demo.service import (
     Customer,
+    Gate,
     bad_event,
-    cast,
     open_agreements,
     serve,
     transports,
@@ -40,15 +41,18 @@ async def play(stage: Stage, console: Console, *, crash: bool, seconds: int) -> 
     )
     over = asyncio.Event()
     kills = Kills()
-    async with transports(stage) as ways, asyncio.TaskGroup() as group:
-        for number, customer in enumerate(customers):
-            way = ways[customer.transport]
-            group.create_task(serve(customer, way, over, number), name=customer.name)
-        await ways["redis"].send([bad_event(customers[1])])
-        if crash:
-            group.create_task(kill_again_and_again(stage, over, kills), name="kills")
-        await watch(stage, console, customers, kills, seconds)
-        over.set()
+    async with transports(stage) as ways:
+        async with asyncio.TaskGroup() as group:
+            for number, customer in enumerate(customers):
+                serving = serve(customer, ways[customer.transport], Gate(stage), over, number)
+                group.create_task(serving, name=customer.name)
+            await ways["redis"].send([bad_event(customers[1])])
+            if crash:
+                group.create_task(kill_again_and_again(stage, over, kills), name="kills")
+            await watch(stage, console, customers, kills, seconds)
+            over.set()
+        for customer in customers:
+            await customer.leave(ways[customer.transport])
     await settle_up(stage, console, customers)
     return await prove(stage, console, customers, kills)
 
@@ -104,7 +108,7 @@ async def picture(
     for name in ("events", "accrued", "released", "unsettled"):
         table.add_column(name, justify="right")
     for customer in customers:
-        row = agreements.get(customer.escrow, {})
+        row = agreements.get(customer.agreement, {})
         table.add_row(
             customer.name,
             customer.plan,
@@ -130,14 +134,14 @@ async def settle_up(stage: Stage, console: Console, customers: list[Customer]) -
 
     async def counted() -> bool:
         rows = await _agreements(stage)
-        return all(rows[customer.escrow]["events"] >= customer.events for customer in customers)
+        return all(rows[customer.agreement]["events"] >= customer.events for customer in customers)
 
     async def closed() -> bool:
         return all(row["state"] == "closed" for row in (await _agreements(stage)).values())
 
     await _until(counted, "not every event has come through")
     for customer in customers:
-        url = f"{stage.addresses.daemon}/v1/agreements/{customer.escrow}/close"
+        url = f"{stage.addresses.daemon}/v1/agreements/{customer.agreement}/close"
         await stage.call("POST", url, {"reason": "the demo is over"})
     await _until(closed, "not every agreement is closed")
 
@@ -160,12 +164,10 @@ async def prove(stage: Stage, console: Console, customers: list[Customer], kills
     sums = [Decimal(0)] * 4
     lines = []
     for customer in customers:
-        url = f"{stage.addresses.escrow}/api/v1/escrow/{customer.escrow}"
-        escrow = await stage.call("GET", url, key=PROVIDER_KEY)
-        released = Decimal(escrow["released_amount"])
+        released = await _released(stage, customer)
         figures = [
             customer.used,
-            Decimal(rows[customer.escrow]["accrued"]),
+            Decimal(rows[customer.agreement]["accrued"]),
             released,
             customer.payable - released,
         ]
@@ -197,6 +199,17 @@ async def prove(stage: Stage, console: Console, customers: list[Customer], kills
         else "[red]The figures differ. That must not happen: please report it.[/red]"
     )
     return agreed
+
+
+async def _released(stage: Stage, customer: Customer) -> Decimal:
+    """What the service says has left his escrows, or his wallet, for the provider."""
+    released = Decimal(0)
+    for role, escrow in customer.escrows.items():
+        of_wallet = role == "wallet"
+        place, figure = ("wallet", "debited") if of_wallet else ("escrow", "released_amount")
+        url = f"{stage.addresses.escrow}/api/v1/{place}/{escrow}"
+        released += Decimal((await stage.call("GET", url, key=PROVIDER_KEY))[figure])
+    return released
 
 
 def _plain(amount: Decimal) -> str:
