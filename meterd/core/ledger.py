@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
-from itertools import compress
+from itertools import compress, takewhile
 
 import msgspec
 
@@ -1083,17 +1083,19 @@ def _out_of_turn(resolved: ResolvedBatch, place: int, reached: set[Counter]) -> 
     if counter is None or counter.meter.name not in ONCE:
         return None
     account = counter.account
-    if counter.events or counter in reached:
+    # On whatever card: a price that has changed makes no second tranche of the same name.
+    before = {
+        other.dimensions
+        for other in account.counters.values()
+        if other.meter.name == counter.meter.name and (other.events or other in reached)
+    }
+    if counter.dimensions in before:
         what = dict(counter.dimensions).get("name", "an outcome")
         return Reason.REACHED, f"agreement {account.agreement.id} had {what} before"
-    if account.plan.ordered:
-        for name in account.plan.tranches:
-            if (("name", name),) == counter.dimensions:
-                break
-            key = 0, counter.card, MILESTONE_METER, (("name", name),)
-            earlier = account.counters.get(key)
-            if earlier is None or not (earlier.events or earlier in reached):
-                return Reason.OUT_OF_ORDER, f"{name} comes first; send this one again after it"
+    earlier = account.plan.tranches if account.plan.ordered else ()
+    for name in takewhile(lambda name: (("name", name),) != counter.dimensions, earlier):
+        if (("name", name),) not in before:
+            return Reason.OUT_OF_ORDER, f"{name} comes first; send this one again after it"
     reached.add(counter)
     return None
 

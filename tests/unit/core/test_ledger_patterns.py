@@ -381,6 +381,38 @@ def test_tranches_come_in_any_order_unless_it_is_told():
     assert agrees(ordered)
 
 
+@pytest.mark.parametrize(("plan", "event"), [(PROJECT, reached), (SCORE, scored)])
+def test_what_is_reached_once_is_reached_once_on_all_cards_together(plan, event):
+    """A price that was changed meanwhile makes no second tranche and no second score."""
+    books = till(replace(plan, ordered=True))
+    what = "design" if plan is PROJECT else 1
+    books.take([event("x", what)])
+    before = account(books).accrued
+    (rate, *others) = plan.card.rates
+    fields = {"price": 7 * PICOS} if plan is PROJECT else {"tiers": (Tier(None, 0, PICOS),)}
+    dearer = RateCard((Rate(rate.meter, **{"price": 0, **fields}, where=rate.where,
+                            model=rate.model), *others))  # fmt: skip
+    books.books.reload({plan.name: replace(plan, card=dearer, ordered=True)}, METERS)
+
+    assert books.verdicts([event("y", what)]) == ["reached"]
+    assert account(books).accrued == before
+    if plan is PROJECT:
+        assert books.verdicts([reached("z", "build")]) == [""]
+    assert agrees(books)
+
+
+def test_tranche_that_only_a_later_version_has_comes_behind_all_others():
+    """Where an order is told, what it does not name is last."""
+    extra = Rate(MILESTONE_METER, PICOS, where=(("name", "extra"),))
+    later = Version(NOW, RateCard((*PROJECT.card.rates, extra)))
+    books = till(replace(PROJECT, ordered=True, later=(later,)))
+    batch = [reached(name, name) for name in ("extra", *NAMES)]
+
+    assert books.verdicts(batch) == ["out_of_order", "", "", ""]
+    assert books.verdicts(batch) == ["", "", "", ""]
+    assert books.duplicates == 3
+
+
 @pytest.mark.parametrize(
     ("plan", "event", "reason"),
     [
