@@ -37,6 +37,7 @@ CORE_ORDER = (
     "renewals",
     "holds",
     "quotes",
+    "simulate",
 )
 # What the core may take from outside: none of these knows a clock, a file, a log or a network.
 CORE_LIBRARIES = frozenset(
@@ -79,6 +80,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "metrics": "core config errors logs meterd",
         # It shares nothing with what it audits but the scales of money.
         "audit": "core.money errors",
+        # What a store knows of single events, for a simulation.
+        "history": "audit core errors store",
         # The door to the money, and the loops on both sides of it.
         "signatures": "",
         "bookkeeper": "core errors logs signatures sources.__init__",
@@ -90,7 +93,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
         # `check --live` asks the escrow service as the daemon would.
-        "cli": "app audit config core demo errors escrow.client meterd parts sandbox",
+        "cli": "app audit config core demo errors escrow.client history meterd parts sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.

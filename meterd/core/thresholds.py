@@ -6,11 +6,65 @@ a call may be made (that is `settlement.step`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from meterd.core.money import format_amount
 from meterd.core.plans import Settle
 from meterd.core.settlement import Escrow, EscrowStatus
+
+# How long usage may go on between the decision to release and the money's arrival, besides the
+# pace between two calls: the intention's commit, the reading before it, and the call.
+REACTION_MS = 5_000
+# Bursts are measured over this time, the reaction and the usual pace between two calls, which is
+# cut into parts. Wherever such a time begins, it touches one part more.
+WINDOW_MS = REACTION_MS + 2_000
+PART_MS = WINDOW_MS // 4
+TOUCHED = 5
+# From so many windows with usage on, the largest of them says what to expect of the next one.
+WINDOWS_ENOUGH = 100
+
+
+@dataclass(slots=True)
+class Bursts:
+    """The most that an agreement has earned within a window of time, in micros.
+
+    Whatever is earned within any `WINDOW_MS` lies in five parts running, so it is at most `peak`.
+    It lives for one process: after a restart nothing is known, and the reserve is the largest.
+    """
+
+    level: int = 0  # What was owed at the last look.
+    earned: int = 0  # In the last parts, which are (number, micros), oldest first.
+    parts: deque[tuple[int, int]] = field(default_factory=deque)
+    peak: int = 0
+    seen: int = 0  # How many windows had usage.
+
+    def note(self, owed: int, wall: int) -> None:
+        """Look at what is owed behind some usage, at a moment in wall ms."""
+        grown, self.level = owed - self.level, owed
+        if grown <= 0:
+            return
+        part, parts = wall // PART_MS, self.parts
+        last, sofar = parts.pop() if parts else (-TOUCHED, 0)
+        if part > last:
+            self.seen += part // (TOUCHED - 1) != last // (TOUCHED - 1)
+            parts.append((last, sofar))
+            last, sofar = part, 0
+        parts.append((last, sofar + grown))  # A clock that went back adds to the last one.
+        self.earned += grown
+        while parts[0][0] <= last - TOUCHED:
+            self.earned -= parts.popleft()[1]
+        self.peak = max(self.peak, self.earned)
+
+    def expected(self, pace: int) -> int | None:
+        """The most to expect while a release waits `pace` ms and is paid; None: too little known.
+
+        In micros.
+        """
+        if self.seen < WINDOWS_ENOUGH:
+            return None
+        touched = -(-(REACTION_MS + pace) // PART_MS) + 1
+        return self.peak * -(-touched // TOUCHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +74,7 @@ class Standing:
     owed: int
     units: int
     unsettled_since: int  # 0: nothing is unsettled.
-
-
-# How long usage may go on between the decision to release and the money's arrival, besides the
-# pace between two calls: the intention's commit, the reading before it, and the call.
-REACTION_MS = 5_000
+    bursts: Bursts | None = None  # Where a bound on the exposure asks for it.
 
 
 def due(
@@ -72,18 +122,41 @@ def adaptive(bound: int, unsettled: int, standing: Standing, wall: int, pace: in
     """Say why the exposure asks for a release now; "" when it may grow on.
 
     The fewest calls under a bound are made by waiting as long as the bound allows. What is earned
-    while a release is on its way is exposure too, so it is asked for when unsettled and what usage
-    at today's rate adds in that time reach the bound. The rate is the mean since the oldest
-    unsettled usage. All in micros and ms.
+    while a release is on its way is exposure too, so a reserve is kept for it, and a release is
+    asked for when the unsettled usage leaves no more than that. All in micros and ms.
+
+    The mean rate says nothing about the burst that comes next: calm usage near the bound, then a
+    burst, would pass it. So the reserve is the most that was ever earned in such a time, see
+    `Bursts`, and half of the bound as long as too little is known. Then the exposure stays under
+    the bound
+
+    - always, until enough is known, if no time of reaction and pace earns half of the bound;
+    - afterwards, if none earns more than the reserve: a tenth of the bound, or what an earlier
+      one has earned, whichever is more.
+
+    The reserve is never above half of the bound, so a fixed amount of that half, which is what the
+    same promise needs without a memory, makes at least as many calls.
     """
-    elapsed = max(1, wall - standing.unsettled_since)
-    growth = unsettled * (REACTION_MS + pace) // elapsed if standing.unsettled_since else 0
-    # A burst a moment old says little about the rate: half of the bound is always left to use.
-    threshold = max(bound - growth, bound // 2, 1)
-    if unsettled < threshold:
+    kept = reserve(bound, standing.bursts, pace)
+    if unsettled < max(bound - kept, 1):
         return ""
+    elapsed = max(1, wall - standing.unsettled_since)
     each_hour = format_amount(unsettled * 3_600_000 // elapsed)
-    return f"adaptive: {format_amount(unsettled)} of {format_amount(bound)} at {each_hour} an hour"
+    return (
+        f"adaptive: {format_amount(unsettled)} of {format_amount(bound)} at {each_hour} an hour,"
+        f" {format_amount(kept)} kept for a burst"
+    )
+
+
+def reserve(bound: int, bursts: Bursts | None, pace: int) -> int:
+    """How much of a bound is kept for what is earned while a release is on its way, micros.
+
+    Rounded up, but never above half of the bound.
+    """
+    expected = None if bursts is None else bursts.expected(pace)
+    if expected is None:
+        return bound // 2
+    return min(max(expected, -(-bound // 10)), bound // 2)
 
 
 def next_look(settle: Settle, escrow: Escrow, standing: Standing, margin: int) -> int | None:

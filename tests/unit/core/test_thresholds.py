@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meterd.core.plans import Settle
+from meterd.core.plans import Pattern, Plan, Settle
+from meterd.core.pricing import Rate, RateCard
 from meterd.core.settlement import Escrow, EscrowStatus, Release, ReleaseStatus
-from meterd.core.thresholds import Standing, due, next_look
+from meterd.core.simulate import Curve, Service, Step
+from meterd.core.simulate import settle as pay
+from meterd.core.thresholds import (
+    REACTION_MS,
+    WINDOW_MS,
+    WINDOWS_ENOUGH,
+    Bursts,
+    Standing,
+    due,
+    next_look,
+    reserve,
+)
 
 T = 1_000_000_000  # Now, wall ms.
 MARGIN = 60_000
@@ -217,3 +232,165 @@ def test_deadline_is_looked_for_from_the_first_micro_on():
 
     assert next_look(NEVER, ending, standing(0), MARGIN) is None
     assert T - max(NEVER.before_deadline, MARGIN) == next_look(NEVER, ending, standing(1), MARGIN)
+
+
+# -- Adaptive ------------------------------------------------------------------------------------
+
+BOUND = 1_000_000
+PACE = 2_000
+LATENCY = REACTION_MS  # As late as the promise allows.
+BOUNDED = Settle(min_release=1, exposure_max=BOUND)
+HALF = Settle(min_release=1, amount=BOUND // 2)
+PLAN = Plan("p", Pattern.STREAMING, RateCard((Rate("tokens", 10**9),)))
+
+
+def lived(earnings, settle, latency=LATENCY):
+    """What becomes of (moment, micros) under thresholds: the worst exposure, and the releases."""
+    steps, owed = [], 0
+    for at, micros in earnings:
+        owed += micros
+        steps.append(Step(at, (owed,), 0, closing=False, usage=True))
+    curve = Curve("a", PLAN, ("main",), 10**15, steps)
+    life = pay(curve, settle, Service(PACE, latency, 10**15))
+    return max((exposure for _, exposure in life.points), default=0), life.paid
+
+
+def most_within(earnings, ms):
+    """The most that is earned within so many ms, wherever they begin."""
+    most = 0
+    for place, (begins, _) in enumerate(earnings):
+        within = itertools.takewhile(lambda one: one[0] - begins <= ms, earnings[place:])  # noqa: B023
+        most = max(most, sum(micros for _, micros in within))
+    return most
+
+
+def capped(draws, cap):
+    """Earnings of (ms since the one before, micros), cut so that no window earns the cap."""
+    earnings, at = [], T
+    for after, micros in draws:
+        at += after
+        within = sum(part for then, part in earnings[-40:] if at - then <= REACTION_MS + PACE)
+        allowed = min(micros, cap - 1 - within)
+        if allowed > 0:
+            earnings.append((at, allowed))
+    return earnings
+
+
+@st.composite
+def usage(draw, most=BOUND // 4):
+    """Calm usage up to anywhere under the bound, then a burst, and again: what is hardest."""
+    found = []
+    for _ in range(draw(st.integers(1, 6))):
+        step = draw(st.integers(BOUND // 100, BOUND // 12))
+        found += [(8_000, step)] * draw(st.integers(0, 3 * BOUND // (2 * step)))
+        after, micros = draw(st.integers(250, 1_500)), draw(st.integers(BOUND // 50, most))
+        found += [(after, micros)] * draw(st.integers(0, 20))
+    return found
+
+
+@given(usage())
+def test_exposure_stays_under_the_bound_when_no_burst_earns_half_of_it(draws):
+    """From the beginning, with what is earned while the money is on its way."""
+    earnings = capped(draws, BOUND // 2)[: WINDOWS_ENOUGH - 1]
+    assert most_within(earnings, REACTION_MS + PACE) < BOUND // 2
+
+    worst, _ = lived(earnings, BOUNDED)
+
+    assert worst < BOUND
+
+
+@given(usage(), st.integers(2, 12), st.randoms(use_true_random=False))
+def test_exposure_stays_under_the_bound_while_no_burst_is_greater_than_one_before(
+    draws, share, random
+):
+    """Once a hundred windows were seen, the largest of them says how much is kept for a burst."""
+    cap = BOUND // share
+    window = REACTION_MS + PACE
+    seen = [(window, 1)] * WINDOWS_ENOUGH
+    seen.insert(random.randrange(len(seen)), (window, cap))
+    usage = capped(draws, max(cap, BOUND // 10))
+    before, at = [], T - 2 * window * (len(seen) + 1)
+    for after, micros in seen:
+        at += after
+        before.append((at, micros))
+
+    worst, _ = lived(before + usage, BOUNDED)
+
+    assert worst < BOUND
+
+
+@given(usage(), st.integers(0, LATENCY))
+def test_adaptive_makes_no_more_calls_than_half_of_the_bound_as_a_fixed_amount(draws, latency):
+    """Half of the bound is what the promise needs without a memory."""
+    earnings = capped(draws, BOUND)
+
+    _, adaptive_calls = lived(earnings, BOUNDED, latency)
+    _, fixed_calls = lived(earnings, HALF, latency)
+
+    assert len(adaptive_calls) <= len(fixed_calls)
+
+
+def test_adaptive_makes_far_fewer_calls_than_half_of_the_bound_on_steady_usage():
+    """A calm stream is paid near the bound, a few minutes after its beginning."""
+    earnings = [(T + 1_000 * second, 5_000) for second in range(20_000)]
+
+    worst, adaptive_calls = lived(earnings, BOUNDED)
+    fixed_worst, fixed_calls = lived(earnings, HALF)
+
+    assert worst < BOUND
+    assert fixed_worst < BOUND
+    assert len(adaptive_calls) <= 0.6 * len(fixed_calls)
+
+
+def test_reserve_is_half_of_the_bound_until_enough_windows_were_seen():
+    """A burst a moment old says nothing about the next one; a restart has seen none."""
+    bursts, owed = Bursts(), 0
+    for window in range(WINDOWS_ENOUGH):
+        assert reserve(BOUND, bursts, PACE) == BOUND // 2
+        owed += 10
+        bursts.note(owed, T + window * WINDOW_MS)
+
+    assert reserve(BOUND, bursts, PACE) == BOUND // 10
+    assert reserve(BOUND, None, PACE) == BOUND // 2
+
+
+@pytest.mark.parametrize(("pace", "times"), [(0, 1), (2_000, 1), (2_001, 2), (30_000, 5)])
+def test_reserve_grows_with_the_pace_of_the_calls(pace, times):
+    """A release that waits for the one before it has more usage to wait for."""
+    bursts = Bursts(seen=WINDOWS_ENOUGH, peak=100)
+
+    assert bursts.expected(pace) == times * 100
+
+
+@given(st.lists(st.tuples(st.integers(0, 4_000), st.integers(1, 1000)), min_size=1, max_size=60))
+def test_peak_is_at_least_what_any_window_has_earned(draws):
+    """And at most what a quarter more of time has earned."""
+    earnings, at, owed, bursts = [], T, 0, Bursts()
+    for after, micros in draws:
+        at, owed = at + after, owed + micros
+        earnings.append((at, micros))
+        bursts.note(owed, at)
+
+    assert most_within(earnings, WINDOW_MS) <= bursts.peak
+    assert bursts.peak <= most_within(earnings, 5 * WINDOW_MS // 4)
+
+
+def test_peak_is_of_usage_alone():
+    """What was taken back, a clock that goes back and usage long ago are no burst."""
+    bursts = Bursts()
+    bursts.note(100, T)
+    bursts.note(40, T + 1)  # A credit.
+    bursts.note(60, T - 50_000)
+    bursts.note(70, T + 10 * WINDOW_MS)
+
+    assert (bursts.peak, bursts.earned) == (120, 10)
+
+
+def test_adaptive_says_why():
+    """The reason stands with the release, so it must tell a person enough."""
+    owes = Standing(500_000, 0, T - 100_000, Bursts())
+
+    why = due(BOUNDED, OPEN, owes, T, MARGIN, PACE)
+
+    assert why == "adaptive: 0.50 of 1.00 at 18.00 an hour, 0.50 kept for a burst"
+    assert due(BOUNDED, OPEN, replace(owes, owed=499_999), T, MARGIN, PACE) == ""

@@ -1,0 +1,298 @@
+"""Past usage under plans and thresholds: what is owed, called and paid, and how long it takes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meterd.core.events import Reason, UsageEvent
+from meterd.core.meters import Aggregation, Meter
+from meterd.core.plans import Pattern, Plan, Settle
+from meterd.core.pricing import PERIOD_METER, Model, Rate, RateCard, Tier
+from meterd.core.simulate import (
+    Curve,
+    Life,
+    Past,
+    Service,
+    Spread,
+    Step,
+    outcome,
+    price,
+    settle,
+    spread,
+    without_share,
+)
+
+T = 1_795_000_000_000
+PICOS = 10**12
+METERS = {"units": Meter("units"), "peak": Meter("peak", Aggregation.MAX)}
+STREAM = Plan("stream", Pattern.STREAMING, RateCard((Rate("units", PICOS // 1000),)))
+DEAR = Plan("dear", Pattern.STREAMING, RateCard((Rate("units", PICOS // 100),)))
+VOLUME = Plan(
+    "volume",
+    Pattern.STREAMING,
+    RateCard(
+        (
+            Rate(
+                "units",
+                0,
+                model=Model.VOLUME,
+                tiers=(Tier(10 * 10**9, PICOS, 0), Tier(None, PICOS // 2, 0)),
+            ),
+        )
+    ),
+)
+WEEKLY = Plan(
+    "weekly",
+    Pattern.HYBRID,
+    RateCard(
+        (
+            Rate(PERIOD_METER, 2 * PICOS, role="base"),
+            Rate("units", PICOS // 1000, role="overage"),
+        )
+    ),
+    period=60_000,
+)
+PLANS = {plan.name: plan for plan in (STREAM, DEAR, VOLUME, WEEKLY)}
+SERVICE = Service(pace=2_000, latency=1_000)
+
+
+def used(*events, agreement="a"):
+    """Usage from (second, units)."""
+    return [
+        Past(
+            T + second * 1_000,
+            UsageEvent(
+                id=f"{place}",
+                agreement=agreement,
+                meter="units",
+                quantity=quantity,
+                time=datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=T + second * 1_000),
+            ),
+        )
+        for place, (second, quantity) in enumerate(events)
+    ]
+
+
+def curve_of(past, plan="stream", **options):
+    """The curve of the one agreement."""
+    (curve,) = price(PLANS, METERS, {"a": plan}, past, **options).curves
+    return curve
+
+
+def shown(life):
+    """Releases as (second, micros, first word of why)."""
+    return [((one.at - T) // 1000, one.amount, one.why.partition(":")[0]) for one in life.paid]
+
+
+def test_usage_is_owed_from_its_own_time_on_by_the_ledger_of_the_daemon():
+    """A step for each moment with usage, and one at the end, which closes."""
+    curve = curve_of(used((0, 5), (10, 7)))
+
+    assert [(step.at - T, step.owed, step.closing) for step in curve.steps] == [
+        (0, (5_000,), False),
+        (10_000, (12_000,), False),
+        (10_000, (12_000,), True),
+    ]
+
+
+def test_each_threshold_is_paid_when_it_is_reached_and_the_rest_at_close():
+    """Three hundred units in thirty seconds, a tenth of a USDC at a time."""
+    curve = curve_of(used(*((second, 10) for second in range(31))))
+
+    life = settle(curve, Settle(amount=100_000), SERVICE)
+
+    assert shown(life) == [(9, 100_000, "amount"), (19, 100_000, "amount"), (29, 100_000, "amount"),
+                           (31, 10_000, "close")]  # fmt: skip
+    assert (life.charged, life.unpaid) == (310_000, 0)
+
+
+def test_interval_is_paid_when_time_alone_makes_it_due():
+    """Nothing happens at that moment but that it comes."""
+    curve = curve_of(used((0, 20), (500, 1)))
+
+    life = settle(curve, Settle(interval=60_000), SERVICE)
+
+    assert shown(life) == [(60, 20_000, "interval"), (500, 1_000, "close")]
+
+
+def test_calls_keep_their_pace():
+    """Usage that is due at every moment waits for the pace between two calls."""
+    curve = curve_of(used(*((second, 100) for second in range(10))))
+
+    life = settle(curve, Settle(amount=1), Service(pace=4_000, latency=500))
+
+    assert [second for second, *_ in shown(life)] == [0, 4, 8, 12]
+
+
+def test_money_that_is_there_at_once_lets_the_next_call_go_at_its_pace():
+    """A service without latency is the same with other waits."""
+    curve = curve_of(used(*((second, 100) for second in range(10))))
+
+    life = settle(curve, Settle(amount=1), Service(pace=4_000, latency=0))
+
+    assert [second for second, *_ in shown(life)] == [0, 4, 8, 12]
+    assert life.unpaid == 0
+
+
+def test_large_amount_goes_in_pieces():
+    """No call asks for more than the most that one may."""
+    curve = curve_of(used((0, 250)))
+
+    life = settle(curve, Settle(units=100 * 10**9), Service(1_000, 100, 100_000))
+
+    assert [amount for _, amount, _ in shown(life)] == [100_000, 100_000, 50_000]
+
+
+def test_exposure_and_waits_are_those_of_a_sum_by_hand():
+    """One payment of 0.03 after 10 s of 0.01 and 5 s of 0.02 more; it takes a second."""
+    curve = curve_of(used((0, 10), (10, 20)))
+    found = outcome([settle(curve, Settle(amount=30_000), SERVICE)], 100)
+
+    assert found.exposure == Spread((10_000 * 10 + 30_000) // 11, 30_000, 30_000)
+    assert found.wait == Spread((11_000 + 2 * 1_000) // 3, 11_000, 11_000)
+    assert (found.releases, found.paid, found.fee) == (1, 30_000, 300)
+    assert found.whys == (("amount", 1),)
+
+
+def test_deposit_given_can_be_exhausted():
+    """What it does not hold stays unpaid, and a share is a share of it."""
+    curve = curve_of(used(*((second, 10) for second in range(100))), deposit=500_000)
+
+    life = settle(curve, Settle(escrow_percent=20), SERVICE)
+
+    assert [amount for _, amount, _ in shown(life)] == [100_000] * 5
+    assert (life.charged, life.unpaid) == (1_000_000, 500_000)
+
+
+def test_share_of_an_escrow_without_an_end_is_one_of_its_deposit():
+    """And of nothing where no deposit is known."""
+    asked = Settle(amount=300_000, escrow_percent=25)
+
+    assert without_share(asked, 1_000_001) == Settle(amount=250_001)
+    assert without_share(asked, None) == Settle(amount=300_000)
+    assert without_share(Settle(escrow_percent=25), None) == Settle()
+    assert without_share(Settle(units=1), 4) == Settle(units=1)
+
+
+def test_price_that_falls_with_the_quantity_is_a_credit():
+    """Ten units at one USDC, twenty at a half: what was paid too early is paid with later usage."""
+    curve = curve_of(used((0, 10), (100, 10), (200, 10)), plan="volume")
+
+    life = settle(curve, Settle(amount=1), SERVICE)
+
+    assert [step.owed for step in curve.steps] == [(10**7,), (10**7,), (15 * 10**6,), (15 * 10**6,)]
+    assert sum(one.amount for one in life.paid) == life.charged == 15 * 10**6
+
+
+def test_periods_end_between_events_and_their_fees_are_paid_from_their_own_escrow():
+    """Each role is an escrow, with its own calls."""
+    curve = curve_of(used((0, 100), (130, 100)), plan="weekly")
+
+    life = settle(curve, Settle(amount=50_000), SERVICE)
+
+    assert curve.roles == ("base", "overage")
+    assert curve.steps[-1].owed == (6 * 10**6, 200_000)
+    assert sorted(shown(life)) == [
+        (0, 100_000, "amount"),
+        (60, 2 * 10**6, "amount"),
+        (120, 2 * 10**6, "amount"),
+        (130, 100_000, "amount"),
+        (130, 2 * 10**6, "close"),
+    ]
+
+
+def test_event_without_a_price_is_left_out_and_counted():
+    """As the daemon would make a dead letter of it."""
+    past = used((0, 10), (1, 10))
+    past[1].event.meter = "calls"
+    past += used((2, 1), agreement="b")
+
+    found = price(PLANS, METERS, {"a": "stream"}, past)
+
+    assert found.events == 1
+    assert found.rejected == {Reason.UNKNOWN_METER: 1, Reason.UNKNOWN_AGREEMENT: 1}
+    assert "calls" in found.example
+
+
+def test_all_agreements_together_are_more_exposed_than_one():
+    """The figures of one say what a payer owes; together is what the provider has at stake."""
+    lives = [
+        Life("a", points=[(0, 10), (10, 0)], waits=[(10, 10)], charged=10),
+        Life("b", points=[(5, 20), (15, 0)], waits=[(10, 20)], charged=20),
+    ]
+
+    found = outcome(lives, 100)
+
+    assert found.exposure == Spread(15, 20, 20)
+    assert found.together == Spread((10 * 5 + 30 * 5 + 20 * 5) // 15, 30, 30)
+    assert found.points == ((0, 10), (5, 30), (10, 20), (15, 0))
+
+
+@pytest.mark.parametrize(
+    ("weighed", "found"),
+    [
+        ([], Spread()),
+        ([(5, 0)], Spread(5, 5, 5)),
+        ([(1, 95), (100, 5)], Spread(5, 1, 100)),
+        ([(1, 94), (100, 6)], Spread(6, 100, 100)),
+        ([(1, 100), (7, 0)], Spread(1, 1, 7)),
+    ],
+)
+def test_spread_weighs_by_time(weighed, found):
+    """The percentile is the least value under which 95 of 100 parts of the time lie."""
+    assert spread(weighed) == found
+
+
+USES = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 500)), min_size=1, max_size=60)
+THRESHOLDS = st.builds(
+    Settle,
+    amount=st.none() | st.integers(1, 500_000),
+    units=st.none() | st.integers(1, 500 * 10**9),
+    interval=st.none() | st.integers(1, 100_000),
+    exposure_max=st.none() | st.integers(1, 500_000),
+    min_release=st.sampled_from([1, 10_000]),
+)
+
+
+@given(USES, THRESHOLDS, st.integers(0, 5_000), st.integers(0, 5_000))
+def test_every_micro_is_paid_once_under_any_thresholds(draws, thresholds, pace, latency):
+    """What is charged is the price of all usage, and after the close nothing is unpaid."""
+    at, events = 0, []
+    for after, quantity in draws:
+        at += after
+        events.append((at, quantity))
+    curve = curve_of(used(*events))
+
+    life = settle(curve, thresholds, Service(pace, latency, 200_000))
+
+    total = sum(quantity for _, quantity in events) * 1_000
+    assert life.charged == total == sum(one.amount for one in life.paid)
+    assert sum(micros for _, micros in life.waits) == total
+    assert life.points[-1][1] == life.unpaid == 0
+    assert min(exposure for _, exposure in life.points) >= 0
+    moments = [one.at for one in life.paid]
+    assert all(later - before >= pace for before, later in pairwise(moments))
+    assert life == settle(curve, thresholds, Service(pace, latency, 200_000))
+
+
+@given(USES, THRESHOLDS)
+def test_mean_exposure_times_the_time_is_the_mean_wait_times_the_money(draws, thresholds):
+    """Little's law: two ways of counting the same area agree, so neither is miscounted."""
+    at, steps, owed = T, [], 0
+    for after, micros in draws:
+        at, owed = at + after, owed + micros
+        steps.append(Step(at, (owed,), 0, closing=False, usage=True))
+    steps.append(Step(at, (owed,), 0, closing=True, usage=False))
+
+    life = settle(Curve("a", STREAM, ("main",), 10**15, steps), thresholds, SERVICE)
+
+    area = sum(
+        exposure * (until - since) for (since, exposure), (until, _) in pairwise(life.points)
+    )
+    assert Fraction(area) == sum(wait * micros for wait, micros in life.waits)
