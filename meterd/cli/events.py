@@ -275,7 +275,7 @@ def replay(
     """Bring in usage events from files; what is known counts once. Exit 1 if some are rejected."""
     totals = Totals()
     with ExitStack() as stack:
-        opened = [(name, stack.enter_context(_open(name))) for name in files]
+        opened = [(name, stack.enter_context(open_file(name))) for name in files]
         daemon = stack.enter_context(connect(config, url, token_file))
         progress, task = _progress(opened)
         with progress:
@@ -291,7 +291,8 @@ def replay(
         raise typer.Exit(1)
 
 
-def _open(name: str) -> IO[bytes]:
+def open_file(name: str) -> IO[bytes]:
+    """Open a file of events, or standard input. Raises `WrongUse`."""
     if name == "-":
         return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     try:

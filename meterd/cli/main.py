@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from meterd.cli import acts, events, local, quotes, tables, verify
+from meterd.cli import acts, events, local, quotes, simulate, tables, verify
 from meterd.errors import ConfigurationError, MeterdError
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 something needs a person."
@@ -28,7 +28,10 @@ def tree() -> typer.Typer:
         context_settings=SETTINGS,
     )
     for panel, commands in (
-        ("On this machine", {**local.COMMANDS, **quotes.COMMANDS, **verify.COMMANDS}),
+        (
+            "On this machine",
+            {**local.COMMANDS, **quotes.COMMANDS, **simulate.COMMANDS, **verify.COMMANDS},
+        ),
         ("What a running daemon knows", tables.COMMANDS),
         ("Acts on a running daemon", {**acts.COMMANDS, **verify.ACTS}),
         ("Usage events", events.COMMANDS),

@@ -70,6 +70,22 @@ def _narrow(digests: bytes, counters: Sequence[int], quantities: Sequence[int]) 
     return rows.tobytes()
 
 
+def unpack(data: bytes, *, wide: bool) -> list[Taken]:
+    """Read what all events of one block added, in the order in which they were taken."""
+    if wide:
+        return [
+            Taken(one.counter, int(one.quantity), int(one.amount), one.sample)
+            for one in _wides.decode(data)
+        ]
+    rows = np.frombuffer(data, NARROW)
+    return [
+        Taken(counter, quantity, 0, "")
+        for counter, quantity in zip(
+            rows["counter"].tolist(), rows["quantity"].tolist(), strict=True
+        )
+    ]
+
+
 def search(key: bytes, data: bytes, *, wide: bool) -> list[Taken]:
     """Find what was added under a key, the first 8 bytes of a digest, in one block."""
     if wide:
