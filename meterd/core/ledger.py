@@ -259,18 +259,10 @@ class Ledger:
         account = self.accounts.get(agreement.id)
         given = set(agreement.escrows)
         if account is not None:
-            roles = {escrow: role for role, escrow in account.agreement.escrows}
-            if any(roles.get(escrow, role) != role for role, escrow in given):
-                return f"agreement {agreement.id} has one of these escrows in another role"
-            known_escrows = set(account.agreement.escrows)
-            if not (given <= known_escrows or known_escrows <= given):
-                return (
-                    f"agreement {agreement.id} is bound to {_listed(account.agreement)}; name these "
-                    "too, with the new escrow behind them, or bind it under another id"
-                )
-            if account.closing and not given <= known_escrows:
-                return f"agreement {agreement.id} is closing; bind the new escrow under another id"
-            given |= known_escrows
+            flaw = _escrows_flaw(account, given)
+            if flaw:
+                return flaw
+            given |= set(account.agreement.escrows)
         roles_given = {role for role, _ in given}
         if roles_given != set(plan.roles):
             return (
@@ -1041,6 +1033,22 @@ class Ledger:
             for sample in changed.values()
         ]
         return samples.quantity - before
+
+
+def _escrows_flaw(account: Account, given: set[tuple[str, str]]) -> str:
+    """Say why a bound agreement cannot be given these escrows; "" when it can."""
+    agreement, known = account.agreement, set(account.agreement.escrows)
+    roles = {escrow: role for role, escrow in known}
+    if any(roles.get(escrow, role) != role for role, escrow in given):
+        return f"agreement {agreement.id} has one of these escrows in another role"
+    if not (given <= known or known <= given):
+        return (
+            f"agreement {agreement.id} is bound to {_listed(agreement)}; name these too, with the"
+            " new escrow behind them, or bind it under another id"
+        )
+    if account.closing and not given <= known:
+        return f"agreement {agreement.id} is closing; bind the new escrow under another id"
+    return ""
 
 
 def _tell_verdicts(
