@@ -509,7 +509,7 @@ def test_a_reload_prices_later_usage_alone_and_binds_what_is_new(
 
     assert again == {"accepted": 0, "duplicates": 1, "rejected": []}
     assert before == after == ["0.04", "0.25"]
-    assert {(row["quantity"], row["accrued"]) for row in usage} == {("10", "0.03"), ("10", None)}
+    assert {(row["quantity"], row["accrued"]) for row in usage} == {("10", "0.03"), ("10", "0.01")}
     assert "meterd_config_reload_success 1.0" in metrics
 
 
