@@ -28,6 +28,8 @@ WORDS = {
     "release_landed": "a person says it landed",
     "release_absent": "a person says it is absent",
 }
+# By these the service ends an escrow itself.
+ENDED = frozenset({"released", "refunded", "expired", "cancelled"})
 FOREVER = 2**63
 
 
@@ -105,7 +107,7 @@ def _check_acts(acts: Acts, books: Books, findings: Findings) -> None:
         )
     for escrow in books.escrows.values():
         findings.expect(
-            escrow.credited == 0 or escrow.id in acts.accepted,
+            escrow.credited == 0 or escrow.id in acts.accepted or _was_paid_out(escrow),
             "journal",
             f"escrow {escrow.id}",
             f"{escrow.credited} micros are credited, and nobody is on record for it",
@@ -123,6 +125,11 @@ def _check_acts(acts: Acts, books: Books, findings: Findings) -> None:
 def _goes_back(release: Release) -> bool:
     times = [move.at for move in release.history]
     return times != sorted(times)
+
+
+def _was_paid_out(escrow: Escrow) -> bool:
+    """Whether the service itself ended an escrow: what it paid out then is payment too."""
+    return escrow.status == "closed" and escrow.service_status in ENDED and escrow.credited > 0
 
 
 # -- Frozen --------------------------------------------------------------------------------------

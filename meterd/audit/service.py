@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from meterd.audit.books import Books, Escrow, Release
 from meterd.audit.checks import LANDED, OPEN, held_of, owed_of
 from meterd.audit.findings import Findings
+from meterd.audit.journal import ENDED
 from meterd.core.money import format_amount
 
-ENDED = frozenset({"released", "refunded", "expired", "cancelled"})
 WALLET = "wallet"  # Its payer fills it up; an escrow's total never changes.
 NEWER = "released after this copy was taken, or by somebody else; to tell, stop the daemon and look"
 

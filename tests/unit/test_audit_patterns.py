@@ -369,3 +369,19 @@ def test_what_was_paid_before_usage_was_taken_back_is_a_note(state: Path) -> Non
 
     assert ("released <= used", "agreement plain") not in broken(found)
     assert any("agreement plain" in note and "credit" in note for note in found.findings.notes)
+
+
+@pytest.mark.parametrize(("service_status", "agrees"), [("released", True), ("active", False)])
+def test_what_the_service_paid_out_at_its_end_is_payment_that_nobody_has_to_vouch_for(
+    state: Path, service_status: str, agrees: bool
+) -> None:
+    """A deadline paid the rest; of a live escrow a credit needs an act and a name."""
+    with contextlib.closing(sqlite3.connect(state / "meterd.db", isolation_level=None)) as other:
+        other.execute(
+            "UPDATE escrow SET status = 'closed', service_status = ?, credited = 20000000,"
+            " observed = 20000000, remaining = 0 WHERE id = 'esc_plain_0'",
+            (service_status,),
+        )
+    named = ("journal", "escrow esc_plain_0") in broken(audit(state))
+
+    assert named != agrees
