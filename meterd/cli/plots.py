@@ -86,7 +86,7 @@ def thinned(points: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     if len(points) <= 2 * POINTS_MAX:
         return list(points)
     begins = points[0][0]
-    width = max(1, (points[-1][0] - begins) // POINTS_MAX)
+    width = (points[-1][0] - begins) // POINTS_MAX + 1
     columns: dict[int, list[tuple[int, int]]] = {}
     for point in points:
         column = columns.setdefault((point[0] - begins) // width, [point, point])
