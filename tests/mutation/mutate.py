@@ -9,7 +9,6 @@ way that is neither a failed test nor a time-out: that would count as killed wha
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -105,28 +104,26 @@ def change_of(directory: Path, name: str, code: int) -> str:
     return "\n".join(f"{line[0]} {line[1:].strip()}" for line in changed)
 
 
-def sample(directory: Path, modules: Sequence[str], count: int, seed: int) -> list[str]:
-    """Choose so many mutants of these modules, the same for the same seed and code."""
-    names: list[str] = []
-    for module in modules:
-        source = (directory / CORE / f"{module}.py").read_text()
-        names += names_of(directory / CORE / f"{module}.py", source)
-    return sorted(random.Random(seed).sample(names, count))
+def sample(directory: Path, count: int, seed: int) -> list[str]:
+    """Choose so many mutants of a staged copy, the same for the same seed and code."""
+    return sorted(random.Random(seed).sample(make(directory), count))
 
 
-def names_of(path: Path, source: str) -> list[str]:
-    """Ask mutmut what it would make of a module."""
-    from mutmut.configuration import config
-    from mutmut.mutation.file_mutation import mutate_file_contents
+def make(directory: Path) -> list[str]:
+    """Have mutmut write the mutants of a staged copy; their names, in a fixed order.
 
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        config()
-        made = mutate_file_contents(str(path), source)
-    finally:
-        os.chdir(before)
-    return [f"meterd.core.{path.stem}.{name}" for name in made.mutant_names]
+    A run after this finds them made: parsing a module and writing a thousand variants of it takes
+    longer than the tests of a sample do.
+    """
+    code = (
+        "from mutmut.__main__ import copy_src_dir, create_mutants\n"
+        "copy_src_dir(); create_mutants(1)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"mutmut made no mutants:\n{done.stdout}\n{done.stderr}"
+    metas = sorted((directory / "mutants" / CORE).glob("*.meta"))
+    return [name for meta in metas for name in json.loads(meta.read_text())["exit_code_by_key"]]
 
 
 def listed() -> dict[tuple[str, str], str]:

@@ -17,7 +17,7 @@ SEED = int(os.environ.get("METERD_SEED", "20261124"))
 def test_mutants_of_the_money_are_noticed(tmp_path: Path):
     """A seeded share of them; a survivor is listed with the reason why it may live."""
     stage(tmp_path, MODULES)
-    mutants = mutate(tmp_path, sample(tmp_path, MODULES, SAMPLE, SEED))
+    mutants = mutate(tmp_path, sample(tmp_path, SAMPLE, SEED))
 
     print(told(mutants))
     assert len(mutants) == SAMPLE
