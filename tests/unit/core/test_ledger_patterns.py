@@ -10,6 +10,7 @@ import pytest
 
 from meterd.core.accounts import Agreement
 from meterd.core.changes import CardRow
+from meterd.core.events import EventDecoder
 from meterd.core.ledger import Conflict, Ledger
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import NANOS, PICOS
@@ -24,7 +25,7 @@ from meterd.core.pricing import (
     Tier,
 )
 from meterd.core.settlement import EscrowStatus
-from tests.unit.core.books import NOW, Till, usage
+from tests.unit.core.books import NOW, SENTINEL, Till, usage
 
 HOUR = 3_600_000
 MINUTE = 60_000
@@ -628,3 +629,40 @@ def test_numbers_of_counters_go_on_behind_those_that_were_stored():
     assert len(numbers) == len(set(numbers)) == len(OTHERS)
     assert restored.books.counter(99) is None
     assert agrees(restored)
+
+
+# -- What thresholds and holds look at -------------------------------------------------------------
+
+
+def test_bound_on_the_exposure_looks_at_usage_and_not_at_fees():
+    """A fee is no burst: it says nothing about how fast usage is earned."""
+    plan = subscription(Rate("tokens", PICOS), settle=Settle(exposure_max=9_000_000))
+    books = till(plan)
+    books.take([usage("x", 3)])
+    ends(books, NOW + HOUR)
+    escrow = books.books.escrows["esc_main"]
+    bursts = books.books.standing(account(books), escrow).bursts
+
+    assert (bursts.peak, bursts.level) == (3_000_000, 8_000_000)
+
+
+def test_uncovered_is_what_no_escrow_of_a_role_can_pay():
+    """One that is not read yet may hold anything, so nothing is said while there is one."""
+    books = till(HYBRID, total=5_000_000)
+    books.take([usage("x", 1600)])
+    short = books.books.uncovered(account(books), OVERAGE)
+    escrow = books.books.escrows["esc_overage"]
+    books.books.put(replace(escrow, status=EscrowStatus.ADOPTING))
+
+    assert short == 1_000_000
+    assert books.books.uncovered(account(books), BASE) == 0
+    assert books.books.uncovered(account(books), OVERAGE) == 0
+
+
+def test_event_names_the_hold_that_it_captures():
+    """By its place among the events that may accrue."""
+    books = till(Plan("p", Pattern.STREAMING, RateCard((Rate("tokens", PICOS),))))
+    payloads = [usage("w", meter="none"), usage("x"), usage("y", hold="hold_1")]
+    decoded = EventDecoder(SENTINEL).decode(payloads)
+
+    assert books.books.resolve(decoded, None, "s", 0, NOW).holds == {1: "hold_1"}
