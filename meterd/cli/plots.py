@@ -45,10 +45,12 @@ def draw(file: Path, results: Sequence[tuple[str, Outcome]]) -> None:
         rows = len(results) + 1
         figure = Figure(figsize=(10, 1.2 + 1.6 * rows), layout="constrained")
         *panels, calls = figure.subplots(rows, 1, squeeze=False)[:, 0]
+        top = max(found.together.worst for _, found in results) / MICROS
         for place, (panel, (name, found)) in enumerate(zip(panels, results, strict=True)):
             panel.sharex(panels[0])
-            panel.sharey(panels[0])  # So that the eye compares the heights.
             _exposure(panel, found, f"C{place % 10}")
+            panel.set_ylim(0, top * 1.05 or 1)  # One scale, so that the eye compares the heights.
+            panel.tick_params(labelbottom=panel is panels[-1])
             panel.set_title(f"{place + 1}. {_text(name)}", fontsize="medium", loc="left")
         panels[-1].set_xlabel("time (UTC)")
         figure.supylabel("earned and not paid, USDC (dashed: the mean)", fontsize="medium")
@@ -72,7 +74,6 @@ def _exposure(panel: Axes, found: Outcome, colour: str) -> None:
     heights = [exposure / MICROS for _, exposure in points]
     panel.fill_between(times, heights, step="post", color=colour, linewidth=0, alpha=0.6)
     panel.axhline(found.together.mean / MICROS, color=colour, linestyle="--", linewidth=1)
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
 
 

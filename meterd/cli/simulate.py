@@ -67,6 +67,12 @@ def simulate(  # A command has as many options as it has.
     latency: Annotated[
         str, typer.Option("--latency", metavar="TIME", help="From a release's decision to its end.")
     ] = "1s",
+    pace: Annotated[
+        str,
+        typer.Option(
+            "--pace", metavar="TIME", help="Between two calls of an escrow; else min_interval."
+        ),
+    ] = "",
     fee_per_call: Annotated[
         str,
         typer.Option("--fee-per-call", metavar="AMOUNT", help="What calls would cost at this fee."),
@@ -85,7 +91,7 @@ def simulate(  # A command has as many options as it has.
         from meterd.cli import plots
 
         plots.ready(plot)
-    options = _Options.of(settings, deposit, latency, fee_per_call)
+    options = _Options.of(settings, deposit, latency, pace, fee_per_call)
     history = _history(settings, files or [], place)
     if not history.past:
         raise WrongUse("there is no usage with a time; name a file of events, or another --store")
@@ -120,13 +126,15 @@ class _Options:
     quantum: int
 
     @classmethod
-    def of(cls, settings: Settings, deposit: str, latency: str, fee_per_call: str) -> _Options:
+    def of(
+        cls, settings: Settings, deposit: str, latency: str, pace: str, fee_per_call: str
+    ) -> _Options:
         from meterd.config.values import read_amount, read_duration
 
         escrow = settings.escrow
         return cls(
             _read("--deposit", read_amount, deposit) if deposit else None,
-            escrow.min_interval.ms,
+            _read("--pace", read_duration, pace).ms if pace else escrow.min_interval.ms,
             _read("--latency", read_duration, latency).ms,
             _read("--fee-per-call", read_amount, fee_per_call) if fee_per_call else None,
             escrow.release_max_micros,
