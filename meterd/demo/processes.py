@@ -40,7 +40,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**_environment(), "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
 
@@ -85,6 +85,11 @@ class Child:
             return ""
         said = self._log.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join(f"  {self.name}: {line}" for line in said)
+
+
+def _environment() -> dict[str, str]:
+    """The environment without what is meant for somebody's own meterd: it would override ours."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("METERD_")}
 
 
 async def listens(port: int) -> bool:

@@ -1,16 +1,19 @@
-"""`meterd demo --pattern`: the seven examples, lived through with real processes."""
+"""`meterd demo`: the seven examples, and all customers together, with real processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from meterd import config
 from meterd.core.plans import Pattern
-from tests.acceptance.stage import meterd
 
-EXAMPLES = Path(__file__).parents[2] / "config"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "config"
 each_pattern = pytest.mark.parametrize("pattern", list(Pattern))
 # What must be seen of each life, besides its proof.
 SEEN = {
@@ -24,14 +27,38 @@ SEEN = {
 }
 
 
+def meterd(*words: str, seconds: int = 60) -> subprocess.CompletedProcess[str]:
+    """Type a command as somebody does whose own meterd is configured by the environment."""
+    own = {"METERD_ESCROW__BASE_URL": "http://127.0.0.1:1/api/v1", "METERD_LOG__LEVEL": "error"}
+    return subprocess.run(
+        [sys.executable, "-m", "meterd", *words],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **own, "COLUMNS": "120"},
+        timeout=seconds,
+        check=False,
+    )
+
+
 @each_pattern
 def test_person_who_plays_a_pattern_sees_its_life_and_a_difference_of_0(pattern: str) -> None:
     """The example as it is shipped runs to its end, and four accounts agree."""
-    done = meterd("demo", "--pattern", pattern, "--seconds", "8", COLUMNS="120")
+    done = meterd("demo", "--pattern", pattern, "--seconds", "5", seconds=100)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "Difference 0: paid is exactly what was used."
     assert [text for text in SEEN[pattern] if text not in done.stdout] == []
+
+
+def test_person_who_watches_the_whole_demo_through_crashes_sees_eleven_accounts_agree() -> None:
+    """All seven patterns over three transports, while the daemon is killed, end with 0."""
+    words = ("demo", "--crash", "--seconds", "10", "--no-browser")
+    done = meterd(*words, seconds=200)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("agrees") == 11
+    assert done.stdout.splitlines()[-1] == "Difference 0: paid is exactly what was used."
 
 
 @each_pattern
