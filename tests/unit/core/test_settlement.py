@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from meterd.core.settlement import (
     UNFINISHED,
     UNKNOWN_OUTCOME,
+    WALLET,
     Alarm,
     Answer,
     Answered,
@@ -357,6 +358,19 @@ def test_release_may_be_intended_up_to_a_quarantine_before_the_deadline():
 
 
 # -- -> sent, not_sent -----------------------------------------------------------------------------
+
+
+def test_wallet_is_asked_for_no_less_than_its_service_takes():
+    """What is below the minimum is gathered, not asked for and refused."""
+    drive = adopted()
+    drive.state = replace(drive.state, role=WALLET)
+    drive.rules = replace(drive.rules, wallet_minimum=100)
+    drive.ask(99)
+    below = drive.state.release
+    drive.ask(100)
+
+    assert below is None
+    assert drive.state.release.amount == 100
 
 
 def test_intended_release_is_sent_once():
