@@ -477,7 +477,7 @@ class Opener:
             return
         after = openings.unseen(row, mono, wall, quarantine=rules.quarantine, gap=rules.observe_gap)
         self._openings[row.id] = after
-        if after.status is OpeningStatus.ABSENT:
+        if after.status is not row.status:
             await self._note(after, "opening_absent")
 
     def _say_extra(self, row: Opening, found: Sequence[Found], *, late: bool) -> None:

@@ -8,7 +8,8 @@ it. Two reasons ask for it:
     rollover   of what usage draws on, less than a fifth of the deposit is left.
 
 What a deadline takes before the money is needed does not count. An escrow that has not been read
-yet may hold anything, so nothing is asked for while there is one.
+yet may hold anything, so nothing is asked for while there is one. Where the last one went back to
+its payer, in whole or in part, he has had enough: nothing more of his is locked.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ def lacking(ledger: Ledger, account: Account, now: int, ahead: int) -> Iterator[
 
     `ahead`: how long, in ms, before a period's end or a deadline the next escrow must be asked for.
     """
-    if account.closing or ledger.is_closed(account):
+    if account.closing:
         return
     fee = _fee(account, account.period + 1)
     for role in account.plan.roles:
         escrows = [escrow for escrow in ledger.escrows_of(account) if escrow.role == role]
         if any(escrow.status is EscrowStatus.ADOPTING for escrow in escrows):
+            continue
+        if escrows and _went_back(escrows[-1]):
             continue
         if sum(_untouched(ledger, account, escrow) for escrow in escrows) > SPARE_MAX:
             continue
@@ -94,6 +97,12 @@ def _runs_low(
     """Whether less than a fifth of the deposit is left that lives beyond the horizon, wall ms."""
     left = sum(ledger.free_on(account, escrow) for escrow in escrows if _lasts(escrow, horizon))
     return left * LOW_SHARE < amount_for(ledger, account, role)
+
+
+def _went_back(escrow: Escrow) -> bool:
+    """Whether it ended with something unspent, or before it could be adopted."""
+    spent = escrow.total > 0 and escrow.observed >= escrow.total
+    return escrow.status is EscrowStatus.CLOSED and not spent
 
 
 def _untouched(ledger: Ledger, account: Account, escrow: Escrow) -> bool:

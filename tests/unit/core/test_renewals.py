@@ -128,11 +128,23 @@ def test_nothing_is_asked_for_while_an_escrow_is_being_read_or_the_agreement_end
     """One that is not read yet may hold anything; a closing agreement needs no more."""
     low = escrow(total=MICROS)
     unread = books(STREAM, low, Escrow("e2", "a", "main"), used=900)
-    ended, closing = books(STREAM, low, used=900), books(STREAM, low, used=900)
-    ended[0].put(replace(low, status=EscrowStatus.CLOSED))
+    closing = books(STREAM, low, used=900)
     closing[0].close(closing[1])
 
-    assert [[], [], []] == [wanted(*one, NOW) for one in (unread, ended, closing)]
+    assert [[], []] == [wanted(*one, NOW) for one in (unread, closing)]
+
+
+def test_an_agreement_whose_escrows_are_all_spent_goes_on_and_one_that_was_refunded_does_not():
+    """A payer who took his money back is not asked for more of it."""
+    spent = escrow(total=MICROS, left=0)
+    refunded = replace(escrow(total=MICROS, left=100), remaining=0)
+    unread = Escrow("e1", "a", "main")
+    states = (spent, refunded, unread)
+    ended = [books(STREAM, one, used=1000) for one in states]
+    for (ledger, _), one in zip(ended, states, strict=True):
+        ledger.put(replace(one, status=EscrowStatus.CLOSED))
+
+    assert [[("main", "rollover")], [], []] == [wanted(*one, NOW) for one in ended]
 
 
 def test_two_escrows_that_nobody_draws_on_are_enough():
