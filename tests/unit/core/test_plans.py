@@ -44,6 +44,7 @@ def test_period_of_a_moment_ends_behind_it_and_the_one_before_does_not(opened, a
     plan = replace(WEEKLY, period=length)
     number = plan.period_at(opened, opened + after)
 
+    assert isinstance(number, int)
     assert plan.period_ends(opened, number) > opened + after
     assert plan.period_ends(opened, number - 1) <= opened + after
 
