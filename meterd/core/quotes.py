@@ -22,7 +22,7 @@ from meterd.core.money import (
     format_quantity,
 )
 from meterd.core.plans import Plan
-from meterd.core.pricing import ATTOS, PERIOD_METER, Dimensions, Model, Rate, Usage
+from meterd.core.pricing import ATTOS, PERIOD_METER, Dimensions, Model, Rate, RateCard, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def quote(
         used[key] = Usage(quantity, before.amount + amount)
     if ended and card.match(PERIOD_METER, {}) is not None:
         used[PERIOD_METER, ()] = Usage(NANOS)
-    amounts = _amounts(card.rates, used)
+    amounts = _amounts(card, used)
     lines = tuple(
         QuoteLine(
             line.rate.meter,
@@ -127,18 +127,13 @@ def _together(meter: Meter, before: int, use: Use, values: set[str]) -> int:
     return before + use.quantity
 
 
-def _amounts(rates: Sequence[Rate], used: Mapping[tuple[str, Dimensions], Usage]) -> list[int]:
-    amounts = [0] * len(rates)
+def _amounts(card: RateCard, used: Mapping[tuple[str, Dimensions], Usage]) -> list[int]:
+    amounts = [0] * len(card.rates)
     for (meter, dimensions), usage in used.items():
-        where = dict(dimensions)
-        for place, rate in enumerate(rates):
-            if rate.meter == meter and rate.matches(where):
-                amounts[place] += usage.amount
-                break
+        place = card.match(meter, dict(dimensions))
+        assert place is not None, "usage without a rate was refused"
+        amounts[place] += usage.amount
     return amounts
-
-
-# -- The working ----------------------------------------------------------------------------------
 
 
 def working(rate: Rate, quantity: int, amount: int, *, ended: bool) -> tuple[str, ...]:

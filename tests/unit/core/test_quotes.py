@@ -82,6 +82,19 @@ def test_quote_of_a_dynamic_rate_takes_the_prices_of_the_events():
             quote(dynamic, METERS, [bad], 0, ended=False)
 
 
+def test_quote_shows_each_dynamic_rate_the_amount_of_its_own_events():
+    """Rates of one meter stand apart by their dimensions, and so do the prices that came."""
+    rates = (
+        Rate("calls", CENT, where=(("kind", "dear"),), model=Model.DYNAMIC),
+        Rate("calls", CENT, model=Model.DYNAMIC),
+    )
+    usage = [use(2, price=CENT, dimensions={"kind": "dear"}), use(3, price=CENT // 2)]
+    quoted = quote(plan(*rates), METERS, usage, 0, ended=False)
+
+    assert [Fraction("0.02"), Fraction("0.015")] == [line.charge for line in quoted.lines]
+    assert ["0.02", "0.015"] == [line.working[-1].split(": ")[-1] for line in quoted.lines]
+
+
 def test_quote_adds_the_fee_when_the_period_has_ended():
     """The fee is a line like any other; what it covers is free."""
     hybrid = plan(
