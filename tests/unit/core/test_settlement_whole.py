@@ -201,6 +201,12 @@ ACTED = {
         with_(sent := moved(INTENDED, ReleaseStatus.SENT, ""), next_mono=M + 2.0),
         (Send(sent),),
     ),
+    "go at the last moment": (
+        with_(punctual := replace(INTENDED, since_mono=95.0)),
+        Go(M, W),
+        with_(sent := moved(punctual, ReleaseStatus.SENT, ""), next_mono=M + 2.0),
+        (Send(sent),),
+    ),
     "go when frozen": (
         with_(INTENDED, status=EscrowStatus.FROZEN),
         Go(M, W),
@@ -1046,6 +1052,26 @@ RULED = {
             credited=ACTIVE.credited + 10,
         ),
         (),
+    ),
+    "ended though less was released": (
+        RULES,
+        ACTIVE,
+        observed(seen(279, status="released")),
+        after(
+            ACTIVE,
+            seen(279, status="released"),
+            status=EscrowStatus.CLOSED,
+            reason="the service says 'released'",
+            low_since=99.5,
+        ),
+        (),
+    ),
+    "a single micro more was released": (
+        RULES,
+        ACTIVE,
+        observed(seen(281)),
+        after(ACTIVE, seen(281), suspicion=("more was released than meterd asked for", 99.5)),
+        (Blocked("more was released than meterd asked for"),),
     ),
     "first, but ended": (
         RULES,
