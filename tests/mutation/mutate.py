@@ -1,4 +1,4 @@
-"""Mutants of the core against its unit tests: `python -m tests.mutation.mutate [NAME ...]`.
+"""Mutants of the core against its unit tests: `python -m tests.mutation.mutate [MODULE ...]`.
 
 mutmut makes the mutants and runs the tests; this stages a copy for it (the checkout stays as it
 is), prints the score, and holds what survives against `survivors.toml`. It fails when the score is
@@ -49,7 +49,8 @@ class Mutant:
 def stage(directory: Path, modules: Sequence[str] = ()) -> None:
     """Put there what mutmut needs: the package, the tests of the core, the settings.
 
-    With modules, these alone are mutated, and their own tests alone must notice it.
+    With modules, these alone are mutated, and their own tests alone must notice it; where one of
+    them has none of its own, all tests of the core.
     """
     unwanted = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "meterd", directory / "meterd", ignore=unwanted)
@@ -57,10 +58,11 @@ def stage(directory: Path, modules: Sequence[str] = ()) -> None:
     shutil.copytree(ROOT / tests, directory / tests, ignore=unwanted)
     text = (ROOT / "pyproject.toml").read_text()
     if modules:
-        found = [path for one in modules for path in sorted((ROOT / tests).glob(f"test_{one}*.py"))]
         text = _with(text, "only_mutate", [str(CORE / f"{module}.py") for module in modules])
-        own = [str(tests / path.name) for path in found]
-        text = _with(text, "pytest_add_cli_args_test_selection", own)
+        own = {module: sorted((ROOT / tests).glob(f"test_{module}*.py")) for module in modules}
+        if all(own.values()):
+            chosen = [str(tests / path.name) for paths in own.values() for path in paths]
+            text = _with(text, "pytest_add_cli_args_test_selection", chosen)
     (directory / "pyproject.toml").write_text(text)
 
 
@@ -178,8 +180,8 @@ def main() -> int:
     """Run, print, and say by the exit code whether all is well."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        stage(directory)
-        mutants = mutate(directory, sys.argv[1:])
+        stage(directory, sys.argv[1:])
+        mutants = mutate(directory, [])
     print(told(mutants))
     new = unlisted(mutants)
     for mutant in new:
