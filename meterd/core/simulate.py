@@ -241,6 +241,7 @@ class _Role:
     owed: int = 0
     arrives: int = 0  # When the open release is there.
     next_call: int = 0
+    looked_for: int = -1  # The oldest unsettled usage whose interval's end is noted.
     waiting: collections.deque[tuple[int, int]] = field(default_factory=collections.deque)
 
 
@@ -339,8 +340,11 @@ class _Settling:
         standing = Standing(role.owed, self._units, self._since, self._bursts)
         why = due(self._settle, escrow, standing, at, 0, self._service.pace)
         if not why:
+            if role.looked_for == self._since:
+                return  # The end of this interval is noted; each event would ask for it again.
             moment = next_look(self._settle, escrow, standing, 0)
             if moment is not None and moment > at:
+                role.looked_for = self._since
                 self._wake_at(moment)
         elif at < role.next_call:
             self._wake_at(role.next_call)
@@ -363,7 +367,7 @@ class _Settling:
         self._wake_at(role.arrives)
 
     def _wake_at(self, moment: int) -> None:
-        """Note a moment to look at, once: each event asks for the end of the same interval."""
+        """Note a moment to look at, once: several roles may ask for the same one."""
         if moment not in self._noted:
             self._noted.add(moment)
             heapq.heappush(self._timers, moment)
@@ -426,14 +430,15 @@ def outcome(lives: Sequence[Life], fee_bps: int) -> Outcome:
     paid = [one for life in lives for one in life.paid]
     whys = collections.Counter(one.why.partition(":")[0] for one in paid)
     points = _together(lives)
+    exposure = spread([span for life in lives for span in _spans(life.points)])
     return Outcome(
         releases=len(paid),
         whys=tuple(sorted(whys.items())),
         charged=sum(life.charged for life in lives),
         paid=sum(one.amount for one in paid),
         fee=sum(one.amount * fee_bps // BPS for one in paid),
-        exposure=spread([span for life in lives for span in _spans(life.points)]),
-        together=spread(list(_spans(points))),
+        exposure=exposure,
+        together=exposure if len(lives) == 1 else spread(list(_spans(points))),
         wait=spread([wait for life in lives for wait in life.waits]),
         points=tuple(points),
     )
