@@ -92,8 +92,8 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         # Faces.
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
-        # `check --live` asks the escrow service as the daemon would.
-        "cli": "app audit config core demo errors escrow.client history meterd parts sandbox",
+        # `check --live` and `verify --live` ask the escrow service as the daemon would.
+        "cli": "app audit config core demo errors escrow history meterd parts sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.

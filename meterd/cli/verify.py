@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ from meterd.core.money import format_amount, format_exact
 if TYPE_CHECKING:
     from meterd.audit import Audit, Books, Shown
     from meterd.config import Settings
-    from meterd.escrow.client import EscrowClient
+    from meterd.escrow.service import PaymentService
 
 ASKED_AT_ONCE = 4  # A service that limits what it is asked should not notice an audit.
 SHOWN_MAX = 50  # Breaks on a terminal; --json has more.
@@ -60,7 +60,8 @@ def verify(
     found = audit(place)
     if live:
         assert settings is not None
-        found.hold_against(asyncio.run(_answers(settings, found.escrows)))
+        roles = {name: found.books.escrows[name].role for name in found.escrows}
+        found.hold_against(asyncio.run(_answers(settings, roles)))
     if as_json:
         print_json(_document(found))
     else:
@@ -80,23 +81,32 @@ def _settings(file: Path | None) -> Settings:
 # -- The service's own figures -------------------------------------------------------------------
 
 
-async def _answers(settings: Settings, escrows: list[str]) -> dict[str, Shown | str]:
-    """Ask the escrow service for each escrow, a few at once."""
-    from meterd.app import escrow_api_of
+async def _answers(settings: Settings, roles: Mapping[str, str]) -> dict[str, Shown | str]:
+    """Ask for each escrow and each wallet, a few at once; the roles are by their ids."""
+    from meterd.app import escrow_api_of, wallet_api_of
     from meterd.escrow.client import EscrowClient
+    from meterd.escrow.service import PaymentService
+    from meterd.escrow.wallet import WalletClient
 
     gate = asyncio.Semaphore(ASKED_AT_ONCE)
-    async with EscrowClient(escrow_api_of(settings)) as client:
-        answers = await asyncio.gather(*(_answer(client, gate, name) for name in escrows))
-    return dict(zip(escrows, answers, strict=True))
+    async with (
+        EscrowClient(escrow_api_of(settings)) as escrows,
+        WalletClient(wallet_api_of(settings)) as wallets,
+    ):
+        service = PaymentService(escrows, wallets)
+        asked = (_answer(service, gate, name, role) for name, role in roles.items())
+        answers = await asyncio.gather(*asked)
+    return dict(zip(roles, answers, strict=True))
 
 
-async def _answer(client: EscrowClient, gate: asyncio.Semaphore, escrow: str) -> Shown | str:
+async def _answer(
+    service: PaymentService, gate: asyncio.Semaphore, escrow: str, role: str
+) -> Shown | str:
     from meterd.audit import Shown
     from meterd.core.settlement import Reading
 
     async with gate:
-        read = await client.read(escrow)
+        read = await service.read(escrow, role)
     if not isinstance(read, Reading):
         return f"{read.kind}: {read.detail}"
     if read.escrow != escrow:

@@ -35,7 +35,8 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def make_node(tmp_path: Path, sandbox: Sandbox) -> Iterator[MakeNode]:
-    """Start a daemon on plans and agreements; it ends with the test."""
+    """Start a daemon on plans and agreements; at the end it is killed, and the auditor agrees."""
+    nodes: list[Node] = []
     with contextlib.ExitStack() as stack:
 
         def make(plans: str, *agreements: str, **tables: str) -> Node:
@@ -43,9 +44,14 @@ def make_node(tmp_path: Path, sandbox: Sandbox) -> Iterator[MakeNode]:
             text = configuration(sandbox, plans=plans, rest=rest, **tables)
             node = stack.enter_context(Node(tmp_path, text))
             node.wait_ready()
+            nodes.append(node)
             return node
 
         yield make
+        for node in nodes:
+            node.kill()
+            audit = node.type("verify", "--live", "--json")
+            assert audit.returncode == 0, (audit.stdout, audit.stderr)
 
 
 def agreement(name: str, plan: str, **escrows: object) -> str:
