@@ -249,7 +249,8 @@ def test_every_act_of_a_person_is_in_the_journal(
 
     acts = [(entry["action"], entry["subject"], entry["detail"]) for entry in entries]
     assert acts.count(("escrow_frozen", escrow, "odd")) == 1
-    assert [act for act in acts if act[0] != "escrow_resumed"] == [
+    own = {"escrow_resumed", "refund_asked"}  # What meterd writes down by itself.
+    assert [act for act in acts if act[0] not in own] == [
         ("agreement_closing", "busy", "it is over"),
         ("backup_asked", str(copy), ""),
         ("dead_letter_discarded", "dead letter 1", "a test"),
