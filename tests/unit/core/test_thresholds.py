@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meterd.core.accounts import Agreement
+from meterd.core.events import UsageEvent
+from meterd.core.ledger import Ledger
+from meterd.core.meters import Meter
 from meterd.core.plans import Pattern, Plan, Settle
-from meterd.core.pricing import Rate, RateCard
+from meterd.core.pricing import PERIOD_METER, Rate, RateCard
 from meterd.core.settlement import Escrow, EscrowStatus, Release, ReleaseStatus
 from meterd.core.simulate import Curve, Service, Step
 from meterd.core.simulate import settle as pay
@@ -394,3 +398,66 @@ def test_adaptive_says_why():
 
     assert why == "adaptive: 0.50 of 1.00 at 18.00 an hour, 0.50 kept for a burst"
     assert due(BOUNDED, OPEN, replace(owes, owed=499_999), T, MARGIN, PACE) == ""
+
+
+HYBRID = Plan(
+    "bounded",
+    Pattern.HYBRID,
+    RateCard((Rate(PERIOD_METER, 10**12, role="base"), Rate("tokens", 10**9, role="overage"))),
+    BOUNDED,
+    period=60_000,
+)
+
+
+def taken(books, *quantities, at=T):
+    """Bring usage of agreement a into a ledger, one event each."""
+    events = [
+        UsageEvent(id=f"{at} {place}", agreement="a", meter="tokens", quantity=quantity)
+        for place, quantity in enumerate(quantities)
+    ]
+    resolved = books.resolve(events, None, "s", 0, at)
+    digests = [event.id.encode() for event in events]
+    entry = books.decide(resolved, digests, [0] * len(events), [-1] * len(events))
+    return books.apply(entry, at)
+
+
+def test_ledger_notes_bursts_of_usage_and_no_fees():
+    """A fee is owed at once and is no burst; what it adds is not taken for one later either."""
+    books = Ledger({"bounded": HYBRID}, {"tokens": Meter("tokens")})
+    books.bind(Agreement("a", "bounded", "p", (("base", "e1"), ("overage", "e2"))), T)
+    account = books.accounts["a"]
+
+    taken(books, 2, 3)
+    books.end_periods(T + 60_000, 0)
+    taken(books, 4, at=T + 120_000 - 1)
+
+    assert account.owed == 1_009_000
+    assert account.bursts.peak == 5_000
+    assert books.standing(account, books.escrows["e2"]).bursts is account.bursts
+
+
+def test_ledger_notes_no_bursts_where_no_bound_asks_for_them():
+    """Whoever does not need them does not pay for them."""
+    plain = replace(HYBRID, name="plain", settle=NEVER)
+    books = Ledger({"plain": plain}, {"tokens": Meter("tokens")})
+    books.bind(Agreement("a", "plain", "p", (("base", "e1"), ("overage", "e2"))), T)
+
+    taken(books, 2)
+
+    assert books.accounts["a"].bursts is None
+
+
+def test_plan_that_is_changed_begins_to_learn_anew():
+    """Another price is another burst."""
+    books = Ledger({"bounded": HYBRID}, {"tokens": Meter("tokens")})
+    books.bind(Agreement("a", "bounded", "p", (("base", "e1"), ("overage", "e2"))), T)
+    taken(books, 2)
+
+    dearer = Rate("tokens", 2 * 10**9, role="overage")
+    changed = replace(HYBRID, card=RateCard((HYBRID.card.rates[0], dearer)))
+    books.reload({"bounded": changed}, {"tokens": Meter("tokens")})
+    taken(books, 3, at=T + 1)
+
+    account = books.accounts["a"]
+    assert account.owed == 8_000
+    assert (account.bursts.peak, account.bursts.seen) == (6_000, 1)
