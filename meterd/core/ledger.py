@@ -419,12 +419,14 @@ class Ledger:
         """Mark an agreement as closing, at wall ms: usage is taken until its escrows are closed.
 
         The running period ends with it, so its fee and its minimums are owed. Where the one before
-        was ended early, for a deadline's sake, it may not have begun yet: then it never does.
+        was ended early, for a deadline's sake, it may not have begun yet: then it never does. One
+        whose fee nobody has locked is not owed, as it would not be at its own end.
         """
         touched = Touched(accounts={account: None})
         if not account.closing:
             plan = account.plan
-            if wall is None or account.period <= plan.period_at(account.opened_at, wall):
+            begun = wall is None or account.period <= plan.period_at(account.opened_at, wall)
+            if begun and self.is_covered(account):
                 self._end_period(account, touched)
             account.closing = True
         return touched

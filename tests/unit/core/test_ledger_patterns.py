@@ -171,6 +171,17 @@ def test_agreement_lapses_when_its_escrows_cannot_hold_the_fee():
     assert agrees(books)
 
 
+def test_close_in_a_period_that_nobody_locked_owes_no_fee():
+    """It is closed by hand as it would have lapsed by itself."""
+    books = till(subscription(), total=7_000_000)
+    ends(books, NOW + HOUR)
+    books.keep(books.books.close(account(books)))
+
+    assert account(books).closing
+    assert account(books).accrued == 5
+    assert agrees(books)
+
+
 def test_agreement_that_is_renewed_goes_on():
     """The next escrow holds the next fee."""
     books = till(subscription(), total=7_000_000)
