@@ -124,6 +124,7 @@ class _Options:
     fee_per_call: int | None
     release_max: int
     quantum: int
+    wallet_minimum: int
 
     @classmethod
     def of(
@@ -139,6 +140,7 @@ class _Options:
             _read("--fee-per-call", read_amount, fee_per_call) if fee_per_call else None,
             escrow.release_max_micros,
             escrow.quantum_micros,
+            settings.wallet.minimum_micros,
         )
 
 
@@ -270,7 +272,7 @@ class _Bench:
         self.chosen = self._choose(
             plan, {each.id: each.plan for each in parts.agreements_of(settings)}
         )
-        self._priced: dict[str, Priced] = {}
+        self._priced: dict[tuple[str, ...], Priced] = {}
         self.notes: list[str] = []
 
     def _choose(self, plan: str, configured: Mapping[str, str]) -> dict[str, str]:
@@ -306,7 +308,13 @@ class _Bench:
         from meterd.core import simulate as core
 
         options = self._options
-        service = core.Service(options.pace, options.latency, options.release_max, options.quantum)
+        service = core.Service(
+            options.pace,
+            options.latency,
+            options.release_max,
+            options.quantum,
+            options.wallet_minimum,
+        )
         priced = self._price(variant.plan, progress)
         lives = []
         for curve in priced.curves:
@@ -320,19 +328,20 @@ class _Bench:
     def _price(self, plan: str, progress: Callable[[int], None]) -> Priced:
         from meterd.core import simulate as core
 
-        if plan not in self._priced:
-            chosen = {name: plan or own for name, own in self.chosen.items()}
+        chosen = {name: plan or own for name, own in self.chosen.items()}
+        key = tuple(chosen.values())
+        if key not in self._priced:
             past, deposit = self._history.past, self._options.deposit
             priced = core.price(self.plans, self.meters, chosen, past, deposit, progress)
-            self._priced[plan] = priced
+            self._priced[key] = priced
             lost = sum(priced.rejected.values())
             if lost:
-                under = f"plan {plan}" if plan else "the plans"
+                under = f"plan {key[0]}" if len(set(key)) == 1 else "the plans"
                 self.notes.append(
                     f"{lost:,} events have no price under {under} and are left out, the first:"
                     f" {priced.example}"
                 )
-        return self._priced[plan]
+        return self._priced[key]
 
     @property
     def events(self) -> int:

@@ -187,6 +187,7 @@ class Service:
     latency: int = 1_000
     release_max: int = 1_000_000_000
     quantum: int = 1
+    wallet_minimum: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,8 +356,8 @@ class _Settling:
         service, escrow = self._service, role.escrow
         payable = escrow.payable(role.owed)
         amount = min(payable, service.release_max) // service.quantum * service.quantum
-        if amount <= 0:
-            return
+        if amount < (service.wallet_minimum if escrow.refillable else 1):
+            return  # A wallet's service takes no less, not even at the end.
         # A piece of the most that one call may ask for settles no units yet: see the settler.
         units = escrow.units_settled if payable > service.release_max else self._units
         name = f"{len(self._life.paid)}"

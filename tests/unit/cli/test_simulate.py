@@ -141,7 +141,7 @@ def test_events_without_a_price_are_told(capsys, tmp_path):
     answer = asked(capsys, "usage.ndjson")
 
     assert answer["events"] == 97
-    assert answer["notes"][0].startswith("3 events have no price under the plans")
+    assert answer["notes"][0].startswith("3 events have no price under plan stream")
 
 
 WRONG = [

@@ -58,7 +58,10 @@ WEEKLY = Plan(
     ),
     period=60_000,
 )
-PLANS = {plan.name: plan for plan in (STREAM, DEAR, VOLUME, WEEKLY)}
+CALLS = Plan(
+    "calls", Pattern.PAY_PER_CALL, RateCard((Rate("units", PICOS // 1000, role="wallet"),))
+)
+PLANS = {plan.name: plan for plan in (STREAM, DEAR, VOLUME, WEEKLY, CALLS)}
 SERVICE = Service(pace=2_000, latency=1_000)
 
 
@@ -147,6 +150,16 @@ def test_large_amount_goes_in_pieces():
     life = settle(curve, Settle(units=100 * 10**9), Service(1_000, 100, 100_000))
 
     assert [amount for _, amount, _ in shown(life)] == [100_000, 100_000, 50_000]
+
+
+def test_wallet_is_debited_of_no_less_than_its_minimum():
+    """What is left below it at the close stays unpaid, as with the real one."""
+    curve = curve_of(used((0, 12), (60, 8)), plan="calls")
+
+    life = settle(curve, Settle(amount=10_000), Service(wallet_minimum=10_000))
+
+    assert shown(life) == [(0, 12_000, "amount")]
+    assert (life.charged, life.unpaid) == (20_000, 8_000)
 
 
 def test_exposure_and_waits_are_those_of_a_sum_by_hand():
