@@ -15,7 +15,7 @@ from meterd.core.changes import Hold
 from meterd.core.holds import Ask, Holds, Verdict, headroom, price
 from meterd.core.ledger import Ledger
 from meterd.core.money import MICROS, NANOS, PICOS
-from meterd.core.plans import Gate, Pattern, PeriodEnd, Plan
+from meterd.core.plans import Gate, Pattern, PeriodEnd, Plan, Version
 from meterd.core.pricing import MILESTONE_METER, PERIOD_METER, Model, Rate, RateCard, Tier
 from meterd.core.settlement import EscrowStatus
 from tests.unit.core.books import METERS, NOW, Till, usage
@@ -225,7 +225,8 @@ def test_gate_asks_for_no_renewal_where_a_plan_has_no_periods():
     rates = Rate(PERIOD_METER, 5 * PICOS), TOKEN
 
     assert judge(till(*rates, total=MICROS).books).allowed
-    assert "the payer must renew" in judge(till(*rates, total=MICROS, period=HOUR).books).reason
+    verdict = judge(till(*rates, total=MICROS, period=HOUR).books)
+    assert "no escrow holds the fee of this period; the payer must renew" == verdict.reason
 
 
 def test_quota_is_of_one_meter_and_one_period():
@@ -348,9 +349,29 @@ def test_price_in_tiers_is_behind_all_that_is_counted_and_held():
     assert (10 * CENT, 20 * CENT) == (cost(books, 10 * NANOS), cost(books, 11 * NANOS))
     assert 10 * CENT + CENT == cost(books, 2 * NANOS, held=9 * NANOS)
 
+    account = books.books.accounts["a"]
+    alone = price(books.books, account, Ask("tokens", 10 * NANOS), NOW)
+    assert (10 * CENT, "main") == alone, "where nothing is held, nothing counts before it"
+
     books.take([usage("x", 8)])
     assert (2 * CENT, 12 * CENT) == (cost(books, 2 * NANOS), cost(books, 3 * NANOS))
     assert 12 * CENT - CENT == cost(books, 2 * NANOS, held=NANOS)
+
+
+@pytest.mark.parametrize("model", [Model.STANDARD, Model.DYNAMIC])
+def test_price_is_that_of_the_usage_and_not_the_minimum_of_a_period(model):
+    """A minimum counts when the period has ended, and not for whoever asks first."""
+    books = till(Rate("tokens", PICOS // 100, model=model, minimum=50 * CENT))
+
+    assert CENT == cost(books, NANOS)
+
+
+def test_price_is_the_one_in_force_when_it_is_asked_for():
+    """A version of later prices what is served then."""
+    dear = RateCard((Rate("tokens", PICOS // 10),))
+    books = till(later=(Version(NOW + 1, dear),)).books
+
+    assert (CENT, 10 * CENT) == tuple(judge(books, now=NOW + ms).needed for ms in (0, 1))
 
 
 def test_price_where_more_usage_makes_all_of_it_cheaper_is_not_below_nothing():
