@@ -17,7 +17,7 @@ import collections
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from meterd.core.accounts import Account, Agreement
 from meterd.core.events import Reason, UsageEvent
@@ -477,9 +477,8 @@ def spread(weighed: Sequence[tuple[int, int]]) -> Spread:
     if not total:
         return Spread(worst, worst, worst)
     mean = sum(value * weight for value, weight in weighed) // total
-    under = 0
-    for value, weight in sorted(weighed):
-        under += weight
-        if under * 100 >= total * 95:
-            return Spread(mean, value, worst)
-    return Spread(mean, worst, worst)
+    ordered = sorted(weighed)
+    sums = accumulate(weight for _, weight in ordered)
+    most = zip(ordered, sums, strict=True)
+    high = next(value for (value, _), under in most if under * 100 >= total * 95)
+    return Spread(mean, high, worst)
