@@ -128,7 +128,7 @@ def test_sample_that_is_gone_is_written_as_gone():
 def test_event_is_taken_back_no_more_often_than_it_came():
     """The invariant behind credit: nobody gets back what was never counted."""
     with pytest.raises(
-        AssertionError, match="^a sample is taken back once for each time that it came$"
+        AssertionError, match=r"^a sample is taken back once for each time that it came$"
     ):
         Samples(Aggregation.MAX).add("5", 5, -1)
 
