@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meterd.core import events
+from meterd.core import events, money
 from meterd.core.events import EVENT_BYTES_MAX, EventDecoder, Reason, Rejection, UsageEvent
 from meterd.core.ledger import AHEAD_MAX_MS
 from meterd.core.money import BadNumber
@@ -397,6 +397,7 @@ def test_rejection_says_in_these_words_what_is_wrong(payload, expected):
         ("", "there is no quantity"),
         (msgspec.Raw(b'"\xa4"'), "a text that is no UTF-8"),
         (msgspec.Raw(b"1e3"), "not a plain decimal such as 12 or 0.000001"),
+        (msgspec.Raw(b"1\xa4"), "not a plain decimal such as 12 or 0.000001"),
     ],
 )
 def test_quantity_is_refused_with_these_words(quantity, said):
@@ -418,3 +419,51 @@ def test_text_from_outside_is_escaped_only_where_it_must_be():
     """A letter that is no ASCII stays as it is; a line's end becomes two characters."""
     assert "é" == events.printable("é")
     assert "a\\n" == events.printable("a\nb", 3)
+
+
+def test_largest_quantity_is_taken_in_either_spelling():
+    """And not by one more."""
+    largest = money.QUANTITY_MAX
+
+    assert largest * money.NANOS == events.quantity_nanos(largest)
+    assert largest * money.NANOS == events.quantity_nanos(str(largest))
+    for more in (largest + 1, str(largest + 1)):
+        with pytest.raises(BadNumber, match="at most 1e15"):
+            events.quantity_nanos(more)
+
+
+@pytest.mark.parametrize(
+    ("score", "nanos"),
+    [
+        (0, 0),
+        (1, money.NANOS),
+        ("0", 0),
+        ("0.000000001", 1),
+        ("1.0", money.NANOS),
+        (msgspec.Raw(b"0.5"), money.NANOS // 2),
+        (msgspec.Raw(b'"0.75"'), 3 * money.NANOS // 4),
+    ],
+)
+def test_score_is_read_from_0_to_1_in_each_spelling(score, nanos):
+    """Both ends belong to it; 0 is a score, and none is none."""
+    assert nanos == events.score_nanos(score)
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [
+        ("", "there is no score"),
+        (msgspec.Raw(b""), "there is no score"),
+        (2, "a score is from 0 to 1"),
+        ("1.000000001", "a score is from 0 to 1"),
+        (-1, "not a plain decimal such as 12 or 0.000001"),
+        ("0.0000000001", "more than 9 decimals"),
+        (msgspec.Raw(b"1e-3"), "not a plain decimal such as 12 or 0.000001"),
+    ],
+)
+def test_score_that_is_none_is_refused_in_these_words(score, text):
+    """What is outside is no better than the best, nor worse than the worst."""
+    with pytest.raises(BadNumber) as caught:
+        events.score_nanos(score)
+
+    assert text == str(caught.value)
