@@ -346,9 +346,42 @@ def journal(
         _say_more(more, "journal", limit)
 
 
+# -- Holds ---------------------------------------------------------------------------------------
+
+HOLDS = (
+    Column("hold", "id"),
+    Column("agreement", "agreement"),
+    Column("meter", "meter"),
+    Column("quantity", "quantity", "number"),
+    Column("amount", "amount", "number"),
+    Column("made (UTC)", "created_at", "time"),
+    Column("expires (UTC)", "expires_at", "time"),
+)
+
+
+def holds(
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    config: Config = None,
+    url: Url = None,
+    token_file: TokenFile = None,
+) -> None:
+    """List what is set aside for calls that are being served."""
+    with connect(config, url, token_file) as daemon:
+        found, more = collect(daemon, "holds", limit=limit)
+    if as_json:
+        print_json({"items": found, "next": more})
+    elif not found:
+        say("Nothing is set aside: no call is being served behind a hold.")
+    else:
+        console().print(table(HOLDS, found))
+        _say_more(more, "holds", limit)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "status": status,
     "agreements": agreements,
     "releases": releases,
+    "holds": holds,
     "journal": journal,
 }

@@ -199,6 +199,27 @@ def test_the_journal_shows_who_did_what_and_why(daemon, capsys: pytest.CaptureFi
     assert daemon.asked[0].target == "/v1/journal?limit=1"
 
 
+def test_holds_are_listed_with_what_they_set_aside(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each live one; for programs as the daemon has it."""
+    hold = {
+        "id": "hold_1",
+        "agreement": "agr-1",
+        "meter": "tokens",
+        "quantity": "1500",
+        "amount": "0.003",
+        "created_at": "2026-11-23T12:00:00.000Z",
+        "expires_at": "2026-11-23T12:01:00.000Z",
+    }
+    daemon.answer("GET", "/v1/holds", {"items": [hold], "next": None})
+    codes = main(["holds"]), main(["holds", "--json"])
+    said = capsys.readouterr()
+
+    assert codes == (0, 0)
+    assert all(part in said.out for part in ("hold_1", "agr-1", "0.003", "12:01:00"))
+
+
 AGREEMENT = {
     "id": "agr-1",
     "plan": "stream",
