@@ -176,3 +176,97 @@ def replace_tiers(rate):
         minimum=rate.minimum,
         maximum=rate.maximum,
     )
+
+
+@pytest.mark.parametrize(
+    ("rate", "units", "amount", "limit"),
+    [
+        (Rate("calls", CENT, minimum=100), 0, 0, "at least 0.0001"),
+        (Rate("calls", CENT, minimum=10_000), 1, 0, None),
+        (Rate("calls", CENT, maximum=20_000), 2, 0, None),
+        (Rate("calls", CENT, maximum=20_000), 3, 0, "at most 0.02"),
+        (Rate("calls", CENT, 10, model=Model.PACKAGE, maximum=20_000), 20, 0, None),
+        (Rate("calls", CENT, 10, model=Model.PACKAGE, maximum=20_000), 21, 0, "at most 0.02"),
+        (Rate("calls", CENT, 10, model=Model.PACKAGE, minimum=20_000), 11, 0, None),
+        (Rate("calls", CENT, 10, model=Model.PACKAGE, minimum=20_000), 10, 0, "at least 0.02"),
+        (Rate("calls", CENT, 2, model=Model.DYNAMIC, maximum=10_000), 9, 2 * CENT, None),
+        (
+            Rate("calls", CENT, 2, model=Model.DYNAMIC, maximum=9_999),
+            9,
+            2 * CENT,
+            "at most 0.009999",
+        ),
+        (
+            Rate("calls", CENT, 2, model=Model.DYNAMIC, minimum=10_001),
+            9,
+            2 * CENT,
+            "at least 0.010001",
+        ),
+    ],
+)
+def test_limit_is_named_where_it_is_the_charge_and_not_where_it_is_met(rate, units, amount, limit):
+    """To the micro: whoever pays just the minimum by usage alone is not told of it."""
+    steps = working(rate, units * NANOS, amount * NANOS, ended=True)
+
+    assert limit == (steps[-1] if steps[-1].startswith("at ") else None)
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [
+        (Model.GRADUATED, ("100 x 0.01 = 1.00",)),
+        (Model.VOLUME, ("100 x 0.01 = 1.00",)),
+    ],
+)
+def test_last_unit_of_a_tier_is_shown_in_it(model, steps):
+    """The next tier is not entered, and its fee not named."""
+    assert steps == working(Rate("calls", 0, model=model, tiers=TIERS), 100 * NANOS, 0, ended=False)
+
+
+def test_usage_within_what_is_free_is_shown_as_nothing():
+    """Not as less than nothing, and not as a bit."""
+    rate = Rate("calls", CENT, free_units=10 * NANOS)
+
+    assert ("4 - 4 free = 0", "0 x 0.01 = 0.00") == working(rate, 4 * NANOS, 0, ended=False)
+
+
+def test_quote_names_plan_card_and_each_line():
+    """Whoever reads it finds what it rests on."""
+    hybrid = plan(Rate(PERIOD_METER, PICOS, role="base"), Rate("calls", CENT, role="overage"))
+    quoted = quote(hybrid, METERS, [use(2), use(3)], 0, ended=True)
+
+    assert ("p", hybrid.card.id) == (quoted.plan, quoted.card)
+    assert [
+        (PERIOD_METER, f"{PERIOD_METER}: 1.00 USDC", NANOS, "base"),
+        ("calls", "calls: 0.01 USDC", 5 * NANOS, "overage"),
+    ] == [(line.meter, line.rate, line.quantity, line.role) for line in quoted.lines]
+
+
+def test_quote_of_nothing_is_an_exact_nought():
+    """It is a fraction like any other, for whoever formats it."""
+    quoted = quote(plan(Rate("calls", CENT)), METERS, [], 0, ended=False)
+
+    assert isinstance(quoted.total, Fraction)
+    assert (0, 0, ()) == (quoted.total, quoted.payable, quoted.lines)
+
+
+def test_quote_says_whole_which_meters_a_plan_prices():
+    """In their order, and none where there is none; a long name is cut."""
+    rates = Rate("seats", CENT), Rate("calls", CENT), Rate("elsewhere", CENT)
+    for meters, known in ((METERS, "calls, seats"), ({}, "none")):
+        with pytest.raises(Unpriced) as refused:
+            quote(plan(*rates), meters, [use(1, "t" * 99)], 0, ended=False)
+        head = f"plan p has no rate for {'t' * 80!r} with these dimensions"
+        assert f"{head}; its meters: {known}" == str(refused.value)
+
+
+def test_quote_keeps_the_values_of_two_meters_apart_and_adds_up_what_is_no_set():
+    """The same value is one of each; for a sum a value means nothing."""
+    meters = {name: Meter(name, Aggregation.UNIQUE) for name in ("users", "hosts")}
+    rates = plan(*(Rate(name, PICOS) for name in ("users", "hosts", "calls")))
+    usage = [use(1, name, value=value) for name in ("users", "hosts") for value in ("a", "b")]
+    usage += [use(3, value="a"), use(4, value="a")]
+
+    lines = quote(rates, {**meters, **METERS}, usage, 0, ended=False).lines
+
+    assert [2 * NANOS, 2 * NANOS, 7 * NANOS] == [line.quantity for line in lines]
