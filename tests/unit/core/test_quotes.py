@@ -237,7 +237,7 @@ def test_quote_names_plan_card_and_each_line():
 
     assert ("p", hybrid.card.id) == (quoted.plan, quoted.card)
     assert [
-        (PERIOD_METER, f"{PERIOD_METER}: 1.00 USDC", NANOS, "base"),
+        (PERIOD_METER, f"{PERIOD_METER}: 1 USDC", NANOS, "base"),
         ("calls", "calls: 0.01 USDC", 5 * NANOS, "overage"),
     ] == [(line.meter, line.rate, line.quantity, line.role) for line in quoted.lines]
 
@@ -270,3 +270,17 @@ def test_quote_keeps_the_values_of_two_meters_apart_and_adds_up_what_is_no_set()
     lines = quote(rates, {**meters, **METERS}, usage, 0, ended=False).lines
 
     assert [2 * NANOS, 2 * NANOS, 7 * NANOS] == [line.quantity for line in lines]
+
+
+def test_quote_adds_up_the_own_prices_of_all_events_of_a_rate():
+    """Whatever else tells the events apart, the rate's steps show what they bring together."""
+    rates = plan(
+        Rate("calls", CENT, where=(("kind", "x"), ("size", "s"))),
+        Rate("calls", CENT, model=Model.DYNAMIC),
+    )
+    usage = [use(2, price=CENT, dimensions=where) for where in ({"size": "s"}, {"kind": "x"}, {})]
+
+    (line,) = quote(rates, METERS, usage, 0, ended=False).lines
+
+    assert Fraction(6, 100) == line.charge
+    assert line.working[-1].endswith(": 0.06")
