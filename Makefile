@@ -47,7 +47,7 @@ bench: $(venv)/dev.stamp servers ## Measure on this machine.
 soak: $(venv)/dev.stamp servers ## Run the long tests.
 	@$(python) -m pytest -m soak $(ARGS)
 
-mutate: $(venv)/dev.stamp ## See whether the tests of the core notice mistakes in it (half an hour).
+mutate: $(venv)/dev.stamp ## See whether the tests of the core notice mistakes in it (an hour or more).
 	@$(python) -m tests.mutation.mutate $(ARGS)
 
 lock: ## Choose the newest fitting packages anew (needs uv; UPGRADE= keeps what can be kept).
