@@ -19,6 +19,7 @@ from meterd.core.settlement import Escrow, EscrowStatus, Release, ReleaseStatus
 from meterd.core.simulate import Curve, Service, Step
 from meterd.core.simulate import settle as pay
 from meterd.core.thresholds import (
+    PART_MS,
     REACTION_MS,
     WINDOW_MS,
     WINDOWS_ENOUGH,
@@ -358,12 +359,70 @@ def test_reserve_is_half_of_the_bound_until_enough_windows_were_seen():
     assert reserve(BOUND, None, PACE) == BOUND // 2
 
 
+@pytest.mark.parametrize(
+    ("bound", "half", "tenth"),
+    [(1_000_000, 500_000, 100_000), (1_000_001, 500_000, 100_001), (19, 9, 2), (1, 0, 0)],
+)
+def test_reserve_is_whole_micros_of_a_bound_that_does_not_divide(bound, half, tenth):
+    """A tenth is rounded up, so that not less than it is kept; half is a limit, so it is not."""
+    known = Bursts(seen=WINDOWS_ENOUGH)
+    large = Bursts(seen=WINDOWS_ENOUGH, peak=bound)
+
+    kept = [reserve(bound, bursts, PACE) for bursts in (None, known, large)]
+
+    assert kept == [half, tenth, half]
+    assert {type(micros) for micros in kept} == {int}
+
+
 @pytest.mark.parametrize(("pace", "times"), [(0, 1), (2_000, 1), (2_001, 2), (30_000, 5)])
 def test_reserve_grows_with_the_pace_of_the_calls(pace, times):
     """A release that waits for the one before it has more usage to wait for."""
     bursts = Bursts(seen=WINDOWS_ENOUGH, peak=100)
 
     assert bursts.expected(pace) == times * 100
+
+
+def test_expected_burst_is_exact_however_large_it_is():
+    """A number that a float cannot hold comes back to the micro."""
+    bursts = Bursts(seen=WINDOWS_ENOUGH, peak=2**53 + 1)
+
+    expected = bursts.expected(PACE)
+
+    assert expected == 2**53 + 1
+    assert type(expected) is int
+
+
+def test_window_with_usage_is_counted_once_however_many_of_its_parts_have_some():
+    """Four parts make a window, and its first part is the one that counts it."""
+    bursts, seen = Bursts(), []
+    for part in range(9):
+        bursts.note(1 + part, part * PART_MS)
+        seen.append(bursts.seen)
+
+    assert seen == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert type(bursts.seen) is int
+
+
+def test_usage_of_one_part_is_kept_as_one_number():
+    """From the first millisecond there is: a thousand events a second take no more memory."""
+    bursts = Bursts()
+    for owed, wall in ((1, 0), (3, PART_MS - 1), (7, PART_MS), (15, 2 * PART_MS - 1)):
+        bursts.note(owed, wall)
+
+    assert list(bursts.parts) == [(0, 1 + 2), (1, 4 + 8)]
+    assert {type(number) for part in bursts.parts for number in part} == {int}
+    assert (bursts.earned, bursts.peak, bursts.seen) == (15, 15, 1)
+
+
+def test_look_that_finds_nothing_earned_changes_nothing():
+    """Usage that costs nothing makes no window known: it says nothing about a burst."""
+    bursts = Bursts()
+    bursts.note(100, T)
+    before = replace(bursts, parts=bursts.parts.copy())
+
+    bursts.note(100, T + WINDOW_MS)
+
+    assert bursts == before
 
 
 @given(st.lists(st.tuples(st.integers(0, 4_000), st.integers(1, 1000)), min_size=1, max_size=60))
@@ -398,6 +457,26 @@ def test_adaptive_says_why():
 
     assert why == "adaptive: 0.50 of 1.00 at 18.00 an hour, 0.50 kept for a burst"
     assert due(BOUNDED, OPEN, replace(owes, owed=499_999), T, MARGIN, PACE) == ""
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "hourly"),
+    [(-1, "1800000.00"), (0, "1800000.00"), (1, "1800000.00"), (2, "900000.00")],
+)
+def test_adaptive_says_how_much_an_hour_from_the_first_millisecond_on(elapsed, hourly):
+    """Usage of this very moment, or one of a clock that went back, is taken for a millisecond's."""
+    owes = Standing(500_000, 0, T - elapsed)
+
+    assert f"at {hourly} an hour" in due(BOUNDED, OPEN, owes, T, MARGIN, PACE)
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_least_bound_asks_at_its_first_micro(bound):
+    """And never while nothing is owed."""
+    least = replace(BOUNDED, exposure_max=bound)
+
+    assert due(least, OPEN, Standing(1, 0, T), T, MARGIN, PACE).startswith("adaptive: 0.000001 of ")
+    assert due(least, OPEN, Standing(0, 0, 0), T, MARGIN, PACE) == ""
 
 
 HYBRID = Plan(
