@@ -15,6 +15,7 @@ from meterd.core.pricing import (
     OTHER,
     OUTCOME_METER,
     PERIOD_METER,
+    Line,
     Model,
     Rate,
     RateCard,
@@ -108,6 +109,16 @@ def test_value_that_no_rate_names_is_never_priced_by_a_rate_for_the_word_other()
     assert unnamed != named
     used = {("tokens", unnamed): Usage(NANOS), ("tokens", named): Usage(NANOS)}
     assert {MAIN: Fraction(6, PICOS)} == card.charge(used)
+
+
+def test_word_for_all_the_rest_stays_what_counters_were_stored_under():
+    """It gets as many stars as it takes to be a word that no rate names, and nothing else."""
+    named = tuple(
+        Rate("tokens", 5, 1, (("kind", word),)) for word in (OTHER, f"{OTHER}*", f"{OTHER}***")
+    )
+
+    assert RateCard(named[:1]).priced("tokens", {"kind": "x"}) == (("kind", "other*"),)
+    assert RateCard(named).priced("tokens", {"kind": "x"}) == (("kind", "other**"),)
 
 
 def test_card_comes_back_from_its_text_with_the_same_name():
@@ -244,6 +255,32 @@ def test_minimum_counts_once_the_period_has_ended():
     assert card.charge(ended) == {MAIN: 3}
 
 
+@pytest.mark.parametrize(("nanos", "usdc"), [(0, 2), (1, 3), (NANOS, 3), (2 * NANOS, 3)])
+def test_period_has_ended_once_anything_is_counted_for_its_end(nanos, usdc):
+    """Nothing counted is a period under way, whose minimum does not count yet."""
+    card = RateCard((Rate("tokens", PICOS, minimum=3_000_000), Rate(PERIOD_METER, 0)))
+    used = {("tokens", ()): Usage(2 * NANOS), (PERIOD_METER, ()): Usage(nanos)}
+
+    assert card.charge(used)[MAIN] == usdc
+
+
+def test_line_of_a_bill_holds_all_that_its_rate_prices():
+    """Counters that no rate tells apart come together: what they count, and what they brought."""
+    large = Rate("tokens", PICOS, where=(("model", "large"),))
+    brought = Rate("tokens", 9 * PICOS, 7, model=Model.DYNAMIC)
+    card = RateCard((large, Rate("calls", 1), brought))
+    used = {
+        ("tokens", (("model", "large"),)): Usage(2 * NANOS),
+        ("tokens", (("model", OTHER),)): Usage(3, 30),
+        ("tokens", (("model", ""),)): Usage(5, 400),
+    }
+
+    assert list(card.lines(used)) == [
+        Line(0, large, 2 * NANOS, 2 * card.denominator),
+        Line(2, brought, 3 + 5, 30 + 400),
+    ]
+
+
 def test_score_of_nothing_is_a_score_and_usage_of_nothing_is_none():
     """A curve may pay for a score of 0; a volume price has nothing to say about no usage."""
     tiers = (Tier(NANOS // 2, 0, PICOS), Tier(None, 0, 9 * PICOS))
@@ -283,6 +320,10 @@ WORDS = {
     "tokens: 1 USDC for each 5 begun, the first 3 free": Rate(
         "tokens", PICOS, 5, model=Model.PACKAGE, free_units=3 * NANOS
     ),
+    "tokens: 1 USDC, the first 3 free, at least 2.00 a period, at most 4.00 a period": Rate(
+        "tokens", PICOS, free_units=3 * NANOS, minimum=2_000_000, maximum=4_000_000
+    ),
+    "tokens: 1 USDC": Rate("tokens", PICOS, minimum=0),
 }
 
 
