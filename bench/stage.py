@@ -29,6 +29,7 @@ from bench.load import PLAN, Workload
 from meterd import app, config
 from meterd.core.changes import AgreementRow, CardRow, Change, CounterRow, MarkBlock
 from meterd.core.money import MICROS
+from meterd.core.pricing import MAIN, Usage
 from meterd.core.settlement import Escrow, EscrowStatus
 from meterd.sandbox.ledger import Ask, Deadline, Kind, Terms, apply, create, grant
 from meterd.sandbox.ledger import Change as SandboxChange
@@ -113,7 +114,8 @@ async def _fill_store(
     await store.commit(Change(cards=(CardRow(plan.card.id, plan.card.text),)))
     quantity = 10**9 if used else 0  # One token: less than any threshold.
     dimensions = (("kind", "output"),)
-    accrued = plan.card.charge({("tokens", dimensions): quantity}) if used else Fraction(0)
+    usage = {("tokens", dimensions): Usage(quantity)}
+    accrued = plan.card.charge(usage)[MAIN] if used else Fraction(0)
     for first in range(0, len(escrows), CHANGE_ROWS):
         names = escrows[first : first + CHANGE_ROWS]
         rows = tuple(
@@ -124,7 +126,8 @@ async def _fill_store(
             for name in names
         )
         counters = tuple(
-            CounterRow(name, plan.card.id, "tokens", dimensions, quantity, 1) for name in names
+            CounterRow(name, plan.card.id, "tokens", dimensions, quantity, 1, number=number)
+            for number, name in enumerate(names, first + 1)
         )
         adopted = tuple(
             Escrow(

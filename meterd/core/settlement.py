@@ -811,7 +811,8 @@ def _declined(state: Escrow, event: Answered, rules: Rules) -> Outcome:
         state, more = _freeze(state, f"the service declined a release: {answer.detail}")
         return state, (*effects, *more)
     if status is EscrowStatus.PAUSED:
-        state = replace(state, status=status, reason=answer.detail)
+        if state.status is not EscrowStatus.FROZEN:  # A person froze it meanwhile: his to undo.
+            state = replace(state, status=status, reason=answer.detail)
         return state, (*effects, Alarm(f"release_{answer.kind.value}", answer.detail))
     return state, effects
 

@@ -33,7 +33,7 @@ from meterd.core.settlement import (
     step,
 )
 from meterd.errors import ConfigurationError
-from meterd.escrow import outcomes
+from meterd.escrow import documents, outcomes
 from meterd.sandbox import wire
 from meterd.sandbox.ledger import AMOUNT_MAX, Deadline
 from meterd.sources import mqtt, redis_streams
@@ -236,12 +236,12 @@ def answers(data: bytes) -> None:
     answer = outcomes.answer_to_release(RELEASE, received, MASK, NOW)
     for outcome in (read, listed, answer):
         assert KEY not in repr(outcome), "an answer would put the key into the log"
-    assert outcomes.error_text(received) is None or answer.kind is not AnswerKind.CONFIRMED
+    assert documents.error_text(received) is None or answer.kind is not AnswerKind.CONFIRMED
     _fit_to_show(answer.detail)
     _wait_is_sane(answer.retry_after, getattr(read, "retry_after", None))
     if isinstance(read, Reading):
-        assert 0 <= read.total <= outcomes.AMOUNT_MAX
-        assert read.released <= outcomes.AMOUNT_MAX
+        assert 0 <= read.total <= documents.AMOUNT_MAX
+        assert read.released <= documents.AMOUNT_MAX
     _pays_no_more(answer, read)
 
 

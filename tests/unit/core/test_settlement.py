@@ -491,6 +491,18 @@ def test_documented_refusal_gives_the_amount_back(kind, status, alarm):
         assert (ACTIVE, None) == case.read(0).status
 
 
+@pytest.mark.parametrize(
+    "kind", [AnswerKind.MISSING, AnswerKind.KEY_REFUSED, AnswerKind.FORBIDDEN, AnswerKind.EMPTY]
+)
+def test_refusal_of_a_release_under_way_leaves_a_frozen_escrow_frozen(kind):
+    """A person froze it while the call was out: only a person lets it go on."""
+    case = sent().do(Freeze("stop")).answer(kind)
+
+    assert (FROZEN, None) == case.status
+    assert "stop" == case.state.reason
+    assert (FROZEN, None) == case.read(0).status
+
+
 def test_release_that_was_forbidden_waits_for_its_own_escrow_alone():
     """Ten seconds at least: a right is given by a person, and not sooner for being asked more."""
     case = sent().answer(AnswerKind.FORBIDDEN).later(9.9).read(0)
