@@ -130,8 +130,18 @@ def _failing(kind: str) -> Iterator[None]:
         raise _failure(kind, error) from None
 
 
+# What a file or a VFS belongs to whose own machine is gone: when a killed process is swept up, its
+# connection may be closed after the attributes of both have been taken away.
+_SWEPT = Machine()
+_SWEPT.dead = True
+
+
 class _OpenFile:
     """A file as SQLite has it open."""
+
+    _machine = _SWEPT
+    _name = ""
+    _content = bytearray()
 
     def __init__(self, machine: Machine, name: str) -> None:
         self._machine, self._name = machine, name
@@ -183,6 +193,8 @@ class _OpenFile:
 
 class _Vfs(apsw.VFS):
     """SQLite's way to whichever machine is on."""
+
+    machine = _SWEPT
 
     def __init__(self) -> None:
         super().__init__(VFS_NAME, "")
