@@ -186,6 +186,32 @@ def test_micro_fees_are_gathered_until_the_wallet_takes_them(make_node, sandbox)
     assert ask(node, "calls", "calls")[0] == 402
 
 
+def test_a_hold_outlives_the_daemon_and_a_captured_or_expired_one_does_not(make_node, sandbox):
+    """Killed in the middle of a call: what was set aside still is, and is captured once."""
+    sandbox.lock("9999.985")  # What is left of the payer's play money is 0.015.
+    node = make_node(PER_CALL, ON_WALLET)
+    node.wait_state("calls", "active")
+    _, kept = ask(node, "calls", "calls", 10, hold=600)
+    _, short = ask(node, "calls", "calls", 4, hold=1)
+    _, done = ask(node, "calls", "calls", hold=600)
+    path = f"/v1/holds/{done['hold']}/capture"
+    assert node.ask("POST", path, {}).json["accepted"] == 1
+    restart(node)
+    listed = [hold["id"] for hold in node.get("/v1/holds")["items"]]
+    again = node.ask("POST", path, {}).json
+    denied = ask(node, "calls", "calls", 5)[0]
+    until(lambda: ask(node, "calls", "calls", 4)[0] == 200, "the short hold to expire")
+    captured = node.ask("POST", f"/v1/holds/{kept['hold']}/capture", {}).json
+    left = node.agreement("calls")
+
+    assert kept["hold"] in listed
+    assert done["hold"] not in listed
+    assert (again["accepted"], again["duplicates"]) == (0, 1)
+    assert denied == 402
+    assert node.ask("POST", f"/v1/holds/{short['hold']}/capture", {}).status == 404
+    assert (captured["accepted"], left["holds"], left["accrued"]) == (1, "0.00", "0.002")
+
+
 def test_a_wallet_whose_debits_get_lost_is_debited_exactly(make_node, sandbox):
     """Refused, unanswered, late: each ten calls are one debit of 0.01 in the end."""
     node = make_node(PER_CALL, ON_WALLET)
