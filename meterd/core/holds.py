@@ -50,8 +50,10 @@ class Holds:
     """All live holds. It has one owner, the bookkeeper. Times in wall ms."""
 
     def __init__(self, holds: Iterable[Hold] = ()) -> None:
+        self.total = 0  # The amounts of all, micros.
         self._known: dict[str, Hold] = {}
-        self._amounts: dict[str, int] = {}  # By agreement.
+        # By agreement: what one payer has set aside costs no look at what all others have.
+        self._of: dict[str, dict[str, Hold]] = {}
         self._ends: list[tuple[int, str]] = []  # A heap.
         for hold in holds:
             self.add(hold)
@@ -62,41 +64,35 @@ class Holds:
     def __iter__(self) -> Iterator[Hold]:
         return iter(self._known.values())
 
-    @property
-    def total(self) -> int:
-        """The amounts of all, micros."""
-        return sum(self._amounts.values())
-
     def get(self, hold_id: str) -> Hold | None:
         """Find a live hold."""
         return self._known.get(hold_id)
 
     def amount(self, agreement: str) -> int:
         """What is set aside for one agreement, micros."""
-        return self._amounts.get(agreement, 0)
+        return sum(hold.amount for hold in self._of.get(agreement, {}).values())
 
     def quantity(self, agreement: str, meter: str) -> int:
         """How much of one meter is set aside for one agreement, nanos."""
-        if agreement not in self._amounts:
-            return 0
-        mine = (hold for hold in self if hold.agreement == agreement and hold.meter == meter)
-        return sum(hold.quantity for hold in mine)
+        mine = self._of.get(agreement, {}).values()
+        return sum(hold.quantity for hold in mine if hold.meter == meter)
 
     def add(self, hold: Hold) -> None:
         """Set aside."""
         self._known[hold.id] = hold
-        self._amounts[hold.agreement] = self.amount(hold.agreement) + hold.amount
+        self._of.setdefault(hold.agreement, {})[hold.id] = hold
+        self.total += hold.amount
         heapq.heappush(self._ends, (hold.expires_at, hold.id))
 
     def remove(self, hold_id: str) -> Hold | None:
         """Free what a hold has set aside; None when it is not live."""
         hold = self._known.pop(hold_id, None)
         if hold is not None:
-            left = self._amounts[hold.agreement] - hold.amount
-            if left or any(other.agreement == hold.agreement for other in self):
-                self._amounts[hold.agreement] = left
-            else:
-                del self._amounts[hold.agreement]
+            self.total -= hold.amount
+            mine = self._of[hold.agreement]
+            del mine[hold_id]
+            if not mine:
+                del self._of[hold.agreement]
         return hold
 
     def expire(self, now: int) -> list[Hold]:
