@@ -206,7 +206,7 @@ class Reading:
         if arrival.packet_id is None and not self._qos0:
             return Fault(Reason.QOS, "sent with QoS 0, which may lose or repeat it; publish with 1")
         if said is None:
-            return Fault(Reason.MALFORMED, f"the topic does not fit {self._template.filter}")
+            return Fault(Reason.MALFORMED, f"the topic does not fit {self._template.filter[:200]}")
         if not arrival.payload:
             return Fault(Reason.MALFORMED, "the payload is empty")
         return None

@@ -70,7 +70,6 @@ REACHED = [
     ("release", "escalated", "void"),
     ("release", "void", "late"),
     # The rows of "Deviations".
-    ("frozen", "late void"),
     ("frozen", "foreign"),
     ("alarm", "foreign_release_credited"),
     ("frozen", "overpaid"),
@@ -99,6 +98,8 @@ RARE: dict[tuple[str, ...], int] = {
     # Nothing is left to take from an exhausted escrow, so that little can go wrong with it.
     ("escrow", "exhausted", "frozen"): 10,
     ("escrow", "frozen", "exhausted"): 10,
+    # A call must outlive two quarantines and two readings; that is in one scenario's power alone.
+    ("frozen", "late void"): 50,
     # A reading from a replica shows money that is gone, for one reading.
     ("escrow", "exhausted", "active"): 0,
     ("escrow", "exhausted", "closing"): 0,
