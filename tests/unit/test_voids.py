@@ -116,3 +116,14 @@ async def test_usage_that_was_paid_becomes_a_credit(books):
 
     assert owed * 2 == account.owed * 3
     assert account.owed == books.ledger.owed_on(account, escrow)
+
+
+@pytest.mark.parametrize("voids", ["", "\n", "\0x", "\ud800", "x" * 257, 5, None])
+async def test_void_of_what_can_be_no_id_is_refused_and_takes_nothing_back(books, voids):
+    """Whatever stands there is a rejection with a reason, and never a mistake of meterd's own."""
+    record(books, event("x"))
+    recorded = record(books, void("v", voids))
+    await settled(books)
+
+    assert (0, 1) == (recorded.accepted, len(recorded.rejections))
+    assert 1 == books.ledger.accounts["a"].events
