@@ -51,8 +51,8 @@ mutate: $(venv)/dev.stamp ## See whether the tests of the core notice mistakes i
 	@$(python) -m tests.mutation.mutate $(ARGS)
 
 lock: ## Choose the newest fitting packages anew (needs uv; UPGRADE= keeps what can be kept).
-	$(compile) $(UPGRADE) --extra demo --extra plot --group test --group build -o requirements-dev.lock
-	$(compile) $(UPGRADE) --extra demo --group build -c requirements-dev.lock -o requirements.lock
+	$(compile) $(UPGRADE) --extra demo --extra mcp --extra plot --group test --group build -o requirements-dev.lock
+	$(compile) $(UPGRADE) --extra demo --extra mcp --group build -c requirements-dev.lock -o requirements.lock
 
 clean: ## Remove what make, the tests and the tools have made.
 	rm -rf $(venv) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
