@@ -20,7 +20,6 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from meterd import __version__, api, config, logs
@@ -44,6 +43,7 @@ from meterd.escrow.client import EscrowApi, EscrowClient, EscrowPaths
 from meterd.escrow.service import OpeningService, PaymentService
 from meterd.escrow.wallet import WalletApi, WalletClient, WalletPaths
 from meterd.intake import Intake
+from meterd.listening import Certificate, CertificateFiles, leave, listen_on
 from meterd.logs import get_logger
 from meterd.metrics import Metrics, Reads
 from meterd.opener import Opener, Terms
@@ -153,6 +153,20 @@ def api_settings_of(settings: Settings) -> api.ApiSettings:
         for entry in settings.http.tokens
     )
     return api.ApiSettings(tokens=tokens, body_limit=settings.http.body_limit_bytes)
+
+
+def certificate_files_of(settings: Settings) -> CertificateFiles | None:
+    """Name the files of the certificate that the HTTP API shows; None: it speaks no TLS."""
+    cert, key = settings.http.tls_cert_file, settings.http.tls_key_file
+    return None if cert is None or key is None else CertificateFiles(cert, key)
+
+
+def _needing_restart(settings: Settings, name: str) -> object:
+    """The part of a table that no reload takes; another certificate is shown at once."""
+    if name == "http" and settings.http.speaks_tls:
+        shown = {"tls_cert_file": Path(), "tls_key_file": Path()}
+        return settings.http.model_copy(update=shown)
+    return getattr(settings, name)
 
 
 def source_of(entry: RedisSourceSettings | MqttSourceSettings) -> Source:
@@ -392,6 +406,8 @@ class Daemon:
         self._intake = Intake(bookkeeper, sources, pending_max=settings.http.pending_max)
         self._settler = Settler(bookkeeper, service, pace_of(settings))
         self._opener = opener
+        files = certificate_files_of(settings)
+        self._certificate = None if files is None else Certificate(files)
         self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
@@ -486,6 +502,9 @@ class Daemon:
             fresh = config.load(self._config_path, os.environ, warn=notes.append)
             plans = plans_of(fresh)
             _check_agreements(self._bookkeeper.ledger, plans, fresh)
+            files = certificate_files_of(fresh)
+            if self._certificate is not None and files is not None:
+                self._certificate.reload(files)
             await self._bookkeeper.reload(plans, meters_of(fresh))
             await _bind(self._bookkeeper, fresh)
             patterns = tuple(discoveries_of(fresh))
@@ -502,7 +521,7 @@ class Daemon:
         self._metrics.reloaded(success=True)
         log.info("The configuration was reloaded.", action="reloaded")
         for name in ("daemon", "http", "store", "dedupe", "escrow", "sources", "metrics"):
-            if getattr(fresh, name) != getattr(self._settings, name):
+            if _needing_restart(fresh, name) != _needing_restart(self._settings, name):
                 log.warning(
                     f"[{name}] has changed; that takes a restart.", action="reload_needs_restart"
                 )
@@ -538,14 +557,14 @@ class Daemon:
         runner = api.runner(app, shutdown_timeout=REQUESTS_TIMEOUT_S)
         await runner.setup()
         try:
+            await listen_on(runner, listen, self._certificate)
+            scheme = "http" if self._certificate is None else "https"
+            where = str(listen) if listen.path else f"{scheme}://{listen}/"
+            log.info(f"Listening on {where}", action="listening")
             try:
-                await web.TCPSite(runner, listen.host, listen.port).start()
-            except OSError as error:
-                raise ConfigurationError(
-                    [Mistake("http.listen", f"cannot listen on {listen}: {error.strerror}")]
-                ) from None
-            log.info(f"Listening on http://{listen}/", action="listening")
-            yield
+                yield
+            finally:
+                leave(listen)  # Only what is ours: another program may serve the same path.
         finally:
             await runner.cleanup()
 

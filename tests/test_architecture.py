@@ -90,10 +90,11 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "reconciler": "bookkeeper core errors logs",
         "opener": "bookkeeper core errors logs",
         # Faces.
+        "listening": "config errors",
         "api": "bookkeeper core config errors logs meterd sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
         # `check --live` and `verify --live` ask the escrow service as the daemon would.
-        "cli": "app audit config core demo errors escrow history meterd parts sandbox",
+        "cli": "app audit config core demo errors escrow history listening meterd parts sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.

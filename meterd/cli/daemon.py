@@ -1,8 +1,12 @@
 """The running daemon as the command line sees it: where it listens, and one call of its HTTP API.
 
 The rule: what went wrong is said in a sentence that names the next command. The configuration is
-not checked for a call: only `http.listen` is read, since whoever asks for the status need not be
+not checked for a call: only `[http]` is read, since whoever asks for the status need not be
 allowed to read the escrow's key, and since checking takes longer than asking.
+
+A daemon that speaks TLS is known on its own machine by its very certificate, whatever name stands
+in it: the configuration names the file. At an address that was typed, the certificate is held
+against the authorities of the system, or those in SSL_CERT_FILE.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import ssl
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +31,8 @@ SEARCHED = ("meterd.toml", "/etc/meterd/meterd.toml")
 # A settlement waits for a commit, not for the escrow; a daemon that needs longer is in trouble.
 TIMEOUT_S = 30
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
+UNIX = "unix:"
+PEM_BEGIN, PEM_END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # Asked about, not bound.
 
 
@@ -47,17 +55,42 @@ def address(url: str | None, config: Path | None, environ: Mapping[str, str] = o
     """Where the daemon listens: `url`, else `http.listen` of the configuration, else as usual."""
     if url:
         return url.rstrip("/")
-    listen = environ.get("METERD_HTTP__LISTEN") or _listen_of(config, environ) or LISTEN_USUAL
+    listen = _http_of("listen", config, environ) or LISTEN_USUAL
+    if listen.startswith(UNIX):
+        return listen
+    scheme = "https" if _http_of("tls_cert_file", config, environ) else "http"
     host, colon, port = listen.rpartition(":")
-    return f"http://{EVERYWHERE.get(host, host)}{colon}{port}"
+    return f"{scheme}://{EVERYWHERE.get(host, host)}{colon}{port}"
 
 
-def _listen_of(config: Path | None, environ: Mapping[str, str]) -> str:
+def certificate(
+    url: str | None, config: Path | None, environ: Mapping[str, str] = os.environ
+) -> str:
+    """Read the certificate of the daemon that the configuration names; "" where there is none."""
+    file = "" if url else _http_of("tls_cert_file", config, environ)
+    if not file:
+        return ""
+    try:
+        text = Path(file).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        raise WrongUse(
+            f"the certificate {file} cannot be read; name the daemon as others do: --url https://…"
+        ) from None
+    # The daemon's own stands first. An authority behind it may have signed many others.
+    begin, end = text.find(PEM_BEGIN), text.find(PEM_END)
+    return text[begin : end + len(PEM_END)] if 0 <= begin < end else ""
+
+
+def _http_of(key: str, config: Path | None, environ: Mapping[str, str]) -> str:
+    return environ.get(f"METERD_HTTP__{key.upper()}") or _in_file(key, config, environ)
+
+
+def _in_file(key: str, config: Path | None, environ: Mapping[str, str]) -> str:
     named = config or environ.get("METERD_CONFIG")
     for file in [named] if named else SEARCHED:
         try:
             with Path(file).open("rb") as opened:
-                return str(tomllib.load(opened).get("http", {}).get("listen", ""))
+                return str(tomllib.load(opened).get("http", {}).get(key, ""))
         except FileNotFoundError:
             if named:
                 raise WrongUse(f"there is no {file}; name another with -c") from None
@@ -81,22 +114,51 @@ def token_of(token_file: Path | None, environ: Mapping[str, str] = os.environ) -
         ) from None
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        """As `HTTPConnection.connect`."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+def _connection(url: str, certificate: str) -> tuple[http.client.HTTPConnection, str]:
+    """Make the connection to an address, and the path before all calls."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in {"http", "https"}:
+        raise WrongUse(f"{url} is no address; write one such as --url http://{LISTEN_USUAL}")
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S), parts.path
+    context = ssl.create_default_context()
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False  # This very certificate, and no other, will do.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.load_verify_locations(cadata=certificate)
+    made = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+    return made, parts.path
+
+
 class Daemon:
     """One connection to a daemon, kept open between calls. A context manager."""
 
-    def __init__(self, url: str, token: str = "") -> None:
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in {"http", "https"}:
-            raise WrongUse(f"{url} is no address; write one such as --url http://{LISTEN_USUAL}")
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    def __init__(self, url: str, token: str = "", certificate: str = "") -> None:
         self.url = url
-        self._prefix = parts.path
-        self._connection = kind(host, port, timeout=TIMEOUT_S)
+        self._prefix = ""
+        if url.startswith(UNIX):
+            self._connection: http.client.HTTPConnection = _UnixConnection(url.removeprefix(UNIX))
+        else:
+            self._connection, self._prefix = _connection(url, certificate)
         self._headers = {"Accept": "application/json"}
         if token:
             if not token.isascii() or not token.isprintable():
@@ -146,9 +208,19 @@ class Daemon:
             self._connection.request(method, self._prefix + target, content, headers)
             response = self._connection.getresponse()
             raw = response.read(ANSWER_BYTES_MAX)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             raise Unavailable(
                 f"nothing answers at {self.url}; start it: meterd run (or say where it is: --url)"
+            ) from None
+        except ssl.SSLCertVerificationError as error:
+            self._connection.close()
+            raise Unavailable(
+                f"{self.url} shows a certificate that is not trusted ({error.verify_message});"
+                " name the file of its authority in SSL_CERT_FILE"
+            ) from None
+        except PermissionError:
+            raise Unavailable(
+                f"{self.url} may be opened by its user and group alone; join the group, or use sudo"
             ) from None
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()

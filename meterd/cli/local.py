@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from meterd.cli.screen import plain
 from meterd.core.money import BadNumber, parse_amount
 from meterd.core.plans import Pattern
 from meterd.errors import MeterdError, Mistake
+
+if TYPE_CHECKING:
+    from meterd.config import Settings
 
 DEMO_SECONDS = 60
 LIFE_SECONDS = 15  # One pattern's.
@@ -165,11 +168,23 @@ def check(
     settings = configuration.load(file, os.environ, warn=notes.append)
     for note in notes:
         sys.stderr.write(f"note: {note}\n")
+    _check_certificate(settings)
     sys.stdout.write(f"{file}: no mistakes\n")
     if live:
         from meterd.cli import live as questions
 
         raise typer.Exit(questions.ask(settings))
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Read the certificate as the daemon will. Raises `ConfigurationError`."""
+    if settings.http.speaks_tls:
+        from meterd.app import certificate_files_of
+        from meterd.listening import Certificate
+
+        files = certificate_files_of(settings)
+        if files is not None:
+            Certificate(files)
 
 
 RESTORED = """\

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from meterd.cli.daemon import Daemon, address, token_of
+from meterd.cli.daemon import Daemon, address, certificate, token_of
 
 Config = Annotated[
     Path | None,
@@ -44,4 +44,4 @@ Limit = Annotated[int, typer.Option("--limit", min=1, max=100_000, help="How man
 
 def connect(config: Path | None, url: str | None, token_file: Path | None) -> Daemon:
     """Address the daemon that these options name; nothing is sent yet."""
-    return Daemon(address(url, config), token_of(token_file))
+    return Daemon(address(url, config), token_of(token_file), certificate(url, config))

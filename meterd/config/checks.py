@@ -35,8 +35,9 @@ OPEN_WITHOUT_TOKENS = (
     ' write "127.0.0.1:{port}", or give http.tokens'
 )
 OPEN_WITHOUT_TLS = (
-    "{listen} is open to other machines, where tokens would travel in the clear; put a TLS proxy"
-    ' in front and write behind_proxy = true, or listen = "127.0.0.1:{port}"'
+    "{listen} is open to other machines, where tokens would travel in the clear; write"
+    " tls_cert_file and tls_key_file, or put a TLS proxy in front and write behind_proxy = true, or"
+    ' listen = "127.0.0.1:{port}"'
 )
 TOKENS_NAMED_ALIKE = 'an earlier token is named "{name}" too; write another name'
 TOKENS_ALIKE = "is the token of an earlier entry too; write one of its own"
@@ -219,13 +220,13 @@ def _deadline_note(name: str, settle: SettleSettings, escrow: EscrowSettings) ->
 
 
 def _listen_is_guarded(good: Good) -> Found:
-    """A port that others can reach wants tokens, and somebody who speaks TLS in front."""
+    """A port that others can reach wants tokens, and TLS: its own, or that of a proxy."""
     if good.http is None or good.http.listen.is_loopback:
         return
     listen = good.http.listen
     if not good.http.tokens:
         yield ("http", "listen"), OPEN_WITHOUT_TOKENS.format(listen=listen, port=listen.port)
-    if not good.http.behind_proxy:
+    if not (good.http.behind_proxy or good.http.speaks_tls):
         yield ("http", "behind_proxy"), OPEN_WITHOUT_TLS.format(listen=listen, port=listen.port)
 
 

@@ -85,10 +85,29 @@ class HttpSettings(Table):
     """`[http]`: where meterd listens."""
 
     listen: ListenAddress = Address("127.0.0.1", 8787)
+    tls_cert_file: FilePath | None = None
+    tls_key_file: FilePath | None = None
     behind_proxy: bool = False
     tokens: Listed[TokenSettings] = ()
     body_limit_bytes: Size = Field(default=read_size("1MiB"), alias="body_limit")
     pending_max: int = Field(default=20_000, ge=1, le=10_000_000)
+
+    @model_validator(mode="after")
+    def _certificate_has_its_key(self) -> HttpSettings:
+        given = (self.tls_cert_file is not None, self.tls_key_file is not None)
+        if any(given) and not all(given):
+            refuse(
+                "tls_cert_file and tls_key_file belong together; write both or none",
+                at="tls_key_file" if given[0] else "tls_cert_file",
+            )
+        if all(given) and self.listen.path:
+            refuse("a Unix socket needs no TLS; remove both files", at="tls_cert_file")
+        return self
+
+    @property
+    def speaks_tls(self) -> bool:
+        """Whether meterd itself encrypts."""
+        return self.tls_cert_file is not None
 
 
 class StoreSettings(Table):

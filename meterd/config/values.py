@@ -266,19 +266,29 @@ def _bytes_of(text: str) -> bytes:
 # Addresses and paths
 
 
+UNIX = "unix:"
+SOCKET_BYTES_MAX = 107  # What the kernel has room for.
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen: a host name or IP address, and a port (0: any that is free)."""
+    """Where to listen: a host name or IP address, and a port (0: any that is free).
+
+    With a `path` it is a Unix socket, without host and port.
+    """
 
     host: str
     port: int
+    path: str = ""
 
     @property
     def is_loopback(self) -> bool:
         """Whether only programs on this machine can connect."""
-        return is_loopback(self.host)
+        return bool(self.path) or is_loopback(self.host)
 
     def __str__(self) -> str:
+        if self.path:
+            return f"{UNIX}{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -296,13 +306,23 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})\
 
 
 def read_address(value: object) -> Address:
-    """Read "127.0.0.1:8787", "localhost:8787" or "[::1]:8787"."""
+    """Read "127.0.0.1:8787", "localhost:8787", "[::1]:8787" or "unix:/run/meterd/http.sock"."""
     if isinstance(value, Address):
         return value
+    if isinstance(value, str) and value.startswith(UNIX):
+        return _read_socket(value.removeprefix(UNIX))
     match = _ADDRESS.match(value) if isinstance(value, str) else None
     if match is None or int(match[3]) > PORT_MAX:
         refuse('write host and port in quotes, such as "127.0.0.1:8787" or "[::1]:8787"')
     return Address(match[1] or match[2], int(match[3]))
+
+
+def _read_socket(path: str) -> Address:
+    if not path.startswith("/") or path.endswith("/") or not path.isprintable():
+        refuse('write the whole path of a socket, such as "unix:/run/meterd/http.sock"')
+    if len(path.encode()) > SOCKET_BYTES_MAX:
+        refuse(f"the path of a socket may have {SOCKET_BYTES_MAX} bytes; write a shorter one")
+    return Address("", 0, path)
 
 
 def read_path(value: object) -> Path:
@@ -491,7 +511,7 @@ PublicKey = Annotated[
 ListenAddress = Annotated[
     Address,
     BeforeValidator(read_address),
-    WithJsonSchema({"type": "string", "pattern": ":[0-9]{1,5}$"}),
+    WithJsonSchema({"type": "string", "pattern": "^unix:/|:[0-9]{1,5}$"}),
     _TEXT,
 ]
 FilePath = Annotated[

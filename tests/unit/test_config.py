@@ -108,6 +108,9 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "brackets_without_end": [("configuration", "is nested too deeply; write it flatter")],
+    "certificate_without_its_key": [
+        ("http.tls_key_file", "tls_cert_file and tls_key_file belong together; write both or none"),
+    ],
     "count_with_a_value": [
         ("meters.calls.value", 'count counts events; remove it, or write aggregation = "sum"'),
         (
@@ -172,7 +175,10 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("daemon.drain_timeout", "write a duration in quotes"),
         ("wallets", 'there is no such key; did you mean "wallet"?'),
         ("http.listen", "[::]:80 is open to other machines and no token is configured"),
-        ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true, or listen"),
+        (
+            "http.behind_proxy",
+            "write tls_cert_file and tls_key_file, or put a TLS proxy in front and",
+        ),
         (
             "plans.calls.rates[0].meter",
             'there is no meter "call"; write [meters.call]; did you mean "calls"?',
@@ -244,7 +250,7 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     "listen_without_a_port": [("http.listen", 'write host and port in quotes, such as "127.0.0.1')],
     "listening_to_all_without_tokens": [
         ("http.listen", 'no token is configured; write "127.0.0.1:8787", or give http.tokens'),
-        ("http.behind_proxy", "put a TLS proxy in front and write behind_proxy = true"),
+        ("http.behind_proxy", "write tls_cert_file and tls_key_file, or put a TLS proxy in front"),
     ],
     "memo_of_many_characters": [
         ("plans.calls.memo", "write one line of at most 200 characters"),
@@ -481,6 +487,15 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
             "of the deposit (1.000001) is no amount with twelve decimals; write fewer decimals",
         ),
     ],
+    "socket_that_is_no_whole_path": [
+        ("http.listen", 'the whole path of a socket, such as "unix:/run/meterd/http.sock"'),
+    ],
+    "socket_with_a_certificate": [
+        ("http.tls_cert_file", "a Unix socket needs no TLS; remove both files"),
+    ],
+    "socket_with_a_long_path": [
+        ("http.listen", "the path of a socket may have 107 bytes; write a shorter one"),
+    ],
     "source_of_no_kind": [
         ("sources[0]", 'write kind = "redis" or kind = "mqtt"'),
         ("sources[1]", 'there is no kind "reddis"; did you mean "redis"?'),
@@ -558,7 +573,7 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     ],
     "unknown_key": [
         ("daemon.drain_timout", 'there is no such key; did you mean "drain_timeout"?'),
-        ("http.frobnicate", "known are behind_proxy, body_limit, listen, pending_max, tokens"),
+        ("http.frobnicate", "known are behind_proxy, body_limit, listen, pending_max, tls_cert_file"),
     ],
     "unknown_table": [("escrw", 'there is no such key; did you mean "escrow"?')],
     "value_of_another_type": [
