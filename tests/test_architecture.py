@@ -22,6 +22,7 @@ PACKAGE = ROOT / "meterd"
 # Each of the core may import those before it, and nothing else of meterd.
 CORE_ORDER = (
     "money",
+    "flaws",
     "events",
     "meters",
     "pricing",

@@ -18,6 +18,7 @@ from meterd.api.settings import Scope
 from meterd.api.wire import Call, json_answer, printable
 from meterd.bookkeeper import Recorded
 from meterd.core.events import EVENT_BYTES_MAX, Reason
+from meterd.core.flaws import json_flaw
 from meterd.sources import Deliveries, Fault
 
 SOURCE = "http"
@@ -77,7 +78,7 @@ def split(body: bytes, *, ndjson: bool) -> list[bytes]:
         lines = _lines(text)
         if len(lines) > 1 and _is_json(lines[0]):
             return lines
-        raise Problem(400, "not-json", f"the body is no JSON: {_said(error)}") from None
+        raise Problem(400, "not-json", f"the body: {_said(error, text)}") from None
     return [text]
 
 
@@ -89,7 +90,7 @@ def _items(text: bytes) -> list[bytes]:
     try:
         items = _raws.decode(text)
     except _NOT_JSON as error:
-        raise Problem(400, "not-json", f"the body is no JSON: {_said(error)}") from None
+        raise Problem(400, "not-json", f"the body: {_said(error, text)}") from None
     if not items:
         raise Problem(400, "no-event", f"the list is empty; send {EXAMPLE}")
     return [bytes(item) for item in items]
@@ -104,13 +105,15 @@ def _is_json(text: bytes) -> bool:
 
 
 def _what(text: bytes) -> str:
-    if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        return "the body begins with a byte order mark; send plain UTF-8"
-    return "the body is no event" if _is_json(text) else "the body is no JSON"
+    try:
+        _raw.decode(text)
+    except _NOT_JSON as error:
+        return f"the body: {_said(error, text)}"
+    return "the body is no event"
 
 
-def _said(error: Exception) -> str:
-    return printable(str(error), 200)
+def _said(error: Exception, text: bytes) -> str:
+    return printable(json_flaw(error, text), 200)
 
 
 def deliveries_of(payloads: Sequence[bytes]) -> Deliveries:

@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 
 from meterd.core import money
+from meterd.core.flaws import json_flaw
 
 EVENT_BYTES_MAX = 64 * 1024
 ID_CHARS_MAX = 256
@@ -147,10 +148,9 @@ class EventDecoder:
             return Rejection(index, "", Reason.TOO_LARGE, detail)
         try:
             return self._one.decode(payload)
-        except (msgspec.MsgspecError, ValueError) as error:
-            return Rejection(index, self._id(payload), Reason.MALFORMED, printable(str(error)))
-        except RecursionError:
-            return Rejection(index, "", Reason.MALFORMED, "nested too deeply")
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            flaw = printable(json_flaw(error, payload))
+            return Rejection(index, self._id(payload), Reason.MALFORMED, flaw)
 
     def _id(self, payload: bytes) -> str:
         """Read the id of an event whose other fields are wrong; "" if there is none to read."""

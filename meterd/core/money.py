@@ -31,6 +31,7 @@ AMOUNT_DIGITS_MAX = 15
 
 # ASCII digits only: `\d` and `str.isdigit` take full-width and Arabic digits too.
 _PLAIN = re.compile(r"[0-9]{1,16}(?:\.[0-9]{1,24})?\Z", re.ASCII)
+_LONG = re.compile(r"[0-9]+(?:\.[0-9]+)?\Z", re.ASCII)
 
 
 class BadNumber(ValueError):
@@ -44,6 +45,8 @@ def parse_scaled(text: str, decimals: int) -> int:
     point or more than `decimals` significant ones behind it.
     """
     if _PLAIN.match(text) is None:
+        if _LONG.match(text):
+            raise BadNumber("more than 16 digits before the point, or 24 behind it")
         raise BadNumber("not a plain decimal such as 12 or 0.000001")
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")

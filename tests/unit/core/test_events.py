@@ -379,9 +379,9 @@ def test_bad_event_is_decoded_alone_with_its_neighbours():
         ),
         (
             b'{"x":' + b"[" * 60_000,
-            Rejection(0, "", Reason.MALFORMED, "nested too deeply"),
+            Rejection(0, "", Reason.MALFORMED, "it is nested too deeply"),
         ),
-        (b"{", Rejection(0, "", Reason.MALFORMED, "Input data was truncated")),
+        (b"{", Rejection(0, "", Reason.MALFORMED, "no JSON: it breaks off before its end")),
     ],
 )
 def test_rejection_says_in_these_words_what_is_wrong(payload, expected):

@@ -138,6 +138,16 @@ def test_floor_takes_the_most_whole_quanta_that_are_owed(usdc, quantum):
     [
         (money.parse_amount, "1e3", "not a plain decimal such as 12 or 0.000001"),
         (money.parse_amount, "0.0000001", "more than 6 decimals"),
+        (money.parse_amount, "1" * 17, "more than 16 digits before the point, or 24 behind it"),
+        (
+            money.parse_amount,
+            "1." + "1" * 25,
+            "more than 16 digits before the point, or 24 behind it",
+        ),
+        (money.parse_amount, "1" * 17 + "\n", "not a plain decimal such as 12 or 0.000001"),
+        (money.parse_amount, "-" + "1" * 17, "not a plain decimal such as 12 or 0.000001"),
+        (money.parse_amount, "1" * 17 + ".", "not a plain decimal such as 12 or 0.000001"),
+        (money.parse_amount, "\uff11" * 17, "not a plain decimal such as 12 or 0.000001"),
         (money.parse_price, "1000001", "a price may be at most 1e6 USDC"),
         (money.parse_quantity, "0", "a quantity must be greater than 0"),
         (money.parse_quantity, "1000000000000001", "a quantity may be at most 1e15"),
