@@ -26,7 +26,8 @@ from meterd.core.money import MICROS, NANOS
 from meterd.core.settlement import EscrowStatus, Release, ReleaseStatus
 
 OTHER = "other"
-HTTP_SOURCE = "http"
+HTTP_SOURCE, OTLP_SOURCE = "http", "otlp"  # They need no entry in the configuration.
+OTLP_SIGNALS = ("traces", "logs")
 RESULTS = ("accepted", "duplicate", "rejected")
 # A release that is only intended, or whose call is under way, has come to nothing yet.
 OUTCOMES = tuple(
@@ -163,7 +164,7 @@ class Metrics:
         self.last_release_at = 0
         self._registry = registry
         self._http_series: set[tuple[str, str, str]] = set()
-        self._make_intake(registry, (*dict.fromkeys((*sources, HTTP_SOURCE)), OTHER))
+        self._make_intake(registry, (*dict.fromkeys((*sources, HTTP_SOURCE, OTLP_SOURCE)), OTHER))
         self._make_money(registry, (*dict.fromkeys(meters), OTHER))
         self._make_edges(registry)
         self._make_life(registry)
@@ -195,6 +196,13 @@ class Metrics:
             for name in self._deliveries
         }
         self._rejections = {reason: rejections.labels(reason.value) for reason in Reason}
+        ignored = Counter(
+            "meterd_otlp_ignored",
+            "Spans (traces) and log records (logs) that came and are no usage.",
+            ["signal"],
+            registry=registry,
+        )
+        self._otlp_ignored = {signal: ignored.labels(signal) for signal in OTLP_SIGNALS}
 
     def _make_money(self, registry: CollectorRegistry, meters: Iterable[str]) -> None:
         usage = Counter(
@@ -372,6 +380,10 @@ class Metrics:
             self._http_series.add(series)
         self._http_requests.labels(*series).inc()
         self._http_seconds.observe(seconds)
+
+    def otlp_ignored(self, signal: str, count: int) -> None:
+        """Count spans (`traces`) or log records (`logs`) that are no usage."""
+        self._otlp_ignored[signal].inc(count)
 
     def reloaded(self, *, success: bool) -> None:
         """Note whether the configuration could be read again."""

@@ -90,9 +90,11 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "settler": "bookkeeper core errors logs",
         "reconciler": "bookkeeper core errors logs",
         "opener": "bookkeeper core errors logs",
-        # Faces.
         "listening": "config errors",
-        "api": "bookkeeper core config errors logs meterd sources.__init__",
+        # What exporters of OpenTelemetry send, as events; it knows no HTTP.
+        "otlp": "core sources.__init__",
+        # Faces.
+        "api": "bookkeeper core config errors logs meterd otlp sources.__init__",
         "mcp": "bookkeeper core config errors logs meterd",
         # `check --live` and `verify --live` ask the escrow service as the daemon would.
         "cli": "app audit config core demo errors escrow history listening meterd parts sandbox",

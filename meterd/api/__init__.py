@@ -24,6 +24,8 @@ from meterd.api.gate import Gate
 from meterd.api.health import Health
 from meterd.api.journal import Journal
 from meterd.api.openings import Openings
+from meterd.api.otlp import GZIP, Otlp
+from meterd.api.otlp import PATHS as OTLP_PATHS
 from meterd.api.overview import Overview
 from meterd.api.parts import Instruments, IntakeView, OpenerView, Parts, SettlerView
 from meterd.api.plans import Plans
@@ -106,6 +108,7 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
 def _calls(parts: Parts) -> list[Call]:
     rooms = (
         Events,
+        Otlp,
         Gate,
         Agreements,
         Openings,
@@ -139,9 +142,13 @@ def _observed(instruments: Instruments) -> Middleware:
 
 @web.middleware
 async def _plain_bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse compressed bodies unread: some kilobytes of them can be gigabytes of zeros."""
+    """Refuse compressed bodies unread: some kilobytes of them can be gigabytes of zeros.
+
+    Exporters of OpenTelemetry may send gzip, which their room unpacks up to the limit of a body.
+    """
     encoding = request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower()
-    if encoding not in {"", "identity"}:
-        headers = {"Accept-Encoding": "identity"}
+    taken = {GZIP} if request.path in OTLP_PATHS.values() else set()
+    if encoding not in {"", "identity"} | taken:
+        headers = {"Accept-Encoding": ", ".join([*taken, "identity"])}
         raise Problem(415, "content-encoding", "send the body uncompressed", headers=headers)
     return await handler(request)

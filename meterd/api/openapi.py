@@ -29,6 +29,7 @@ Schema = Mapping[str, Any]
 TEXT: Schema = {"type": "string"}
 WHOLE: Schema = {"type": "integer"}
 FLAG: Schema = {"type": "boolean"}
+BINARY: Schema = {"schema": {"type": "string", "format": "binary"}}
 TEXT_OR_NONE: Schema = {"type": ["string", "null"]}
 WHOLE_OR_NONE: Schema = {"type": ["integer", "null"]}
 TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
@@ -69,6 +70,12 @@ def _body(required: str = "", **members: Schema) -> Schema:
     }
 
 
+def _otlp_holders(scopes: str, items: str) -> Schema:
+    """Describe what holds spans or log records: by resource, and by what made them."""
+    things: Schema = {"type": "object", "properties": {items: _list({"type": "object"})}}
+    return _list({"type": "object", "properties": {scopes: _list(things)}})
+
+
 def _page(name: str) -> Schema:
     return _object(items=_list(_ref(name)), next=TEXT_OR_NONE)
 
@@ -107,6 +114,22 @@ SCHEMAS: Mapping[str, Schema] = {
         duplicates=WHOLE,
         rejected=_list(_object(index=WHOLE, id=TEXT, reason=_ref("Reason"), detail=TEXT)),
     ),
+    # OpenTelemetry describes its own; of the fields that a request may have, these count here.
+    "Traces": {
+        "type": "object",
+        "required": [],
+        "properties": {"resourceSpans": _otlp_holders("scopeSpans", "spans")},
+    },
+    "Logs": {
+        "type": "object",
+        "required": [],
+        "properties": {"resourceLogs": _otlp_holders("scopeLogs", "logRecords")},
+    },
+    "Exported": {
+        "type": "object",
+        "properties": {"partialSuccess": {"type": "object", "properties": {"errorMessage": TEXT}}},
+    },
+    "Refusal": _object(code=WHOLE, message=TEXT),
     "Reason": {"type": "string", "enum": [*Reason]},
     "Agreement": _object(
         id=TEXT,
@@ -297,6 +320,20 @@ _LIMIT = {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMI
 PAGE: Mapping[str, Schema] = {"limit": _LIMIT, "cursor": ID}
 NUMBERED: Mapping[str, Schema] = {"limit": _LIMIT, "cursor": NUMBER}
 EVENT_EXAMPLE = {"id": "req-1", "agreement": "customer-1", "meter": "tokens", "quantity": 1532}
+_OTLP_ITEM = {
+    "traceId": "5b8efff798038103d269b633813fc60c",
+    "spanId": "eee19b7ec3c1b174",
+    "attributes": [
+        {"key": "meterd.agreement", "value": {"stringValue": "customer-1"}},
+        {"key": "gen_ai.operation.name", "value": {"stringValue": "chat"}},
+        {"key": "gen_ai.usage.input_tokens", "value": {"intValue": "1532"}},
+        {"key": "gen_ai.usage.output_tokens", "value": {"intValue": "80"}},
+    ],
+}
+_SPAN = {**_OTLP_ITEM, "endTimeUnixNano": "1795348800000000000"}
+_RECORD = {**_OTLP_ITEM, "eventName": "gen_ai.client.inference.operation.details"}
+TRACES_EXAMPLE = {"resourceSpans": [{"scopeSpans": [{"spans": [_SPAN]}]}]}
+LOGS_EXAMPLE = {"resourceLogs": [{"scopeLogs": [{"logRecords": [_RECORD]}]}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +345,7 @@ class Described:
     query: Mapping[str, Schema] | None = None
     body: str = ""  # A name in `SCHEMAS`.
     example: object = None
+    otlp: bool = False  # In protobuf as well, and refused by a `google.rpc.Status` in either.
 
 
 def _act(summary: str, body: str = "Why", *, done: int = 200) -> Described:
@@ -329,6 +367,20 @@ CALLS: Mapping[str, Described] = {
         {200: _ref("Recorded")},
         body="Event",
         example=EVENT_EXAMPLE,
+    ),
+    "POST /v1/traces": Described(
+        "OTLP: spans of an OpenTelemetry exporter; those that say what a model used are counted.",
+        {200: _ref("Exported")},
+        body="Traces",
+        example=TRACES_EXAMPLE,
+        otlp=True,
+    ),
+    "POST /v1/logs": Described(
+        "OTLP: log records of an OpenTelemetry exporter; those of a model's use are counted.",
+        {200: _ref("Exported")},
+        body="Logs",
+        example=LOGS_EXAMPLE,
+        otlp=True,
     ),
     "GET /v1/agreements": Described(
         "List the agreements.",
@@ -428,6 +480,8 @@ CALLS: Mapping[str, Described] = {
     "GET /metrics": Described("Every series, for Prometheus.", {200: "text/plain"}),
 }
 
+PROTOBUF = "application/x-protobuf"
+STATUSES = frozenset({400, 413, 503})  # The problems that OTLP wants to hear of by a `Status`.
 PROBLEMS: Mapping[int, str] = {
     400: "What was sent cannot be read; `detail` says why and what to send.",
     401: "A known token is missing.",
@@ -476,6 +530,10 @@ def call_for(calls: Sequence[Call]) -> Call:
 def _operation(call: Call, described: Described) -> dict[str, Any]:
     answers = {str(status): _answer(what) for status, what in described.answers.items()}
     answers |= {str(status): _problem(text) for status, text in PROBLEMS.items()}
+    if described.otlp:
+        for status in (200, *STATUSES):
+            shape = described.answers.get(status, _ref("Refusal"))
+            answers[str(status)]["content"] |= {JSON: {"schema": shape}, PROTOBUF: BINARY}
     operation: dict[str, Any] = {
         "summary": described.summary,
         "parameters": _parameters(call.path, described.query or {}),
@@ -508,10 +566,10 @@ def _request_body(described: Described) -> dict[str, Any]:
     shape = _ref(described.body)
     if described.body == "Event":
         shape = {"anyOf": [shape, {**_list(shape), "minItems": 1}]}
-    return {
-        "required": bool(SCHEMAS[described.body]["required"]),
-        "content": {JSON: {"schema": shape, "example": described.example}},
-    }
+    content: dict[str, Any] = {JSON: {"schema": shape, "example": described.example}}
+    if described.otlp:
+        content[PROTOBUF] = BINARY
+    return {"required": bool(SCHEMAS[described.body]["required"]), "content": content}
 
 
 def _answer(what: Schema | str) -> dict[str, Any]:

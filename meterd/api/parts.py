@@ -102,6 +102,9 @@ class Instruments(Protocol):
     def http(self, route: str, method: str, status: int, seconds: float) -> None:
         """A request was answered."""
 
+    def otlp_ignored(self, signal: str, count: int) -> None:
+        """So many spans (`traces`) or log records (`logs`) came that are no usage."""
+
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Every series as text, and its content type, for an Accept header."""
 

@@ -313,7 +313,9 @@ SOURCE_KINDS = ("redis", "mqtt")
 BUILT_IN_SOURCES: Mapping[str, str] = {
     "http": "needs no entry: POST /v1/events is served at http.listen; remove the entry",
     "file": "needs no entry: files come in by `meterd replay FILE`; remove the entry",
-    "otlp": f"{NOT_YET}; remove the entry",
+    "otlp": (
+        "needs no entry: POST /v1/traces and /v1/logs are served at http.listen; remove the entry"
+    ),
 }
 
 

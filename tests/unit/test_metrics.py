@@ -19,6 +19,7 @@ TABLE = {
     "deliveries_total": ("source",),
     "events_total": ("source", "result"),
     "rejections_total": ("reason",),
+    "otlp_ignored_total": ("signal",),
     "dead_letters": (),
     "source_lag_events": ("source",),
     "source_connected": ("source",),

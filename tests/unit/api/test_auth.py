@@ -12,6 +12,8 @@ SETTINGS = ApiSettings(
 # Every call of the API and the scope that it asks for; None: open to everybody.
 CALLS = (
     ("POST", "/v1/events", Scope.INGEST),
+    ("POST", "/v1/traces", Scope.INGEST),
+    ("POST", "/v1/logs", Scope.INGEST),
     ("POST", "/v1/backup", Scope.ADMIN),
     ("POST", "/v1/authorize", Scope.GATE),
     ("GET", "/v1/holds", Scope.READ),
