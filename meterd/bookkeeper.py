@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import itertools
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -22,7 +23,15 @@ from typing import Protocol
 import msgspec
 
 from meterd.core import advice
-from meterd.core.accounts import Account, Agreement, Entry, ResolvedBatch, Touched
+from meterd.core.accounts import (
+    Account,
+    Agreement,
+    Charged,
+    Counter,
+    Entry,
+    ResolvedBatch,
+    Touched,
+)
 from meterd.core.changes import (
     AgreementRow,
     Change,
@@ -75,6 +84,8 @@ REFILL_LOOK_S = 2.0
 HOLD_SOURCE = "hold"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
+# No id is written so either. Marks what an event added to its second counter, and so on.
+_PART = "\x02"
 
 
 class Clock(Protocol):
@@ -342,6 +353,8 @@ class Bookkeeper:
     ) -> tuple[TakenBlock, ...]:
         """Note what each accepted event added, so that it can be taken back."""
         counters, quantities = resolved.counters, resolved.quantities
+        if resolved.parts:
+            return self._take_parts(resolved, entry, digests, bucket)
         if entry.fresh is None and not resolved.amounts and not resolved.keys:
             if not counters:
                 return ()
@@ -364,6 +377,42 @@ class Bookkeeper:
             b"".join(digests[place] for place in chosen),
             [counters[place].number for place in chosen],  # type: ignore[union-attr]
             [quantities[place] for place in chosen],
+            extras,
+        )
+
+    def _take_parts(
+        self, resolved: ResolvedBatch, entry: Entry, digests: Sequence[bytes], bucket: int
+    ) -> tuple[TakenBlock, ...]:
+        """Note the same of a batch in which an event may have added to several counters.
+
+        The first of them is found under the event's own digest, the others under `_part_id`.
+        """
+        keys: list[bytes] = []
+        taken: list[Charged] = []
+        for place, counter in enumerate(resolved.counters):
+            if entry.fresh is not None and not entry.fresh[place]:
+                continue
+            if counter is not None:
+                amount, sample = resolved.amounts.get(place, 0), resolved.keys.get(place, "")
+                keys.append(digests[place])
+                taken.append(Charged(counter, resolved.quantities[place], amount, sample))
+            for number, part in enumerate(resolved.parts.get(place, ())):
+                event = resolved.events[place]
+                part_id = _part_id(event.id, number)
+                keys.append(self._identities.digest(event.source, part_id))
+                taken.append(part)
+        if not taken:
+            return ()
+        extras = {
+            index: (part.amount, part.key)
+            for index, part in enumerate(taken)
+            if part.amount or part.key
+        }
+        return self._identities.pack(
+            bucket,
+            b"".join(keys),
+            [part.counter.number for part in taken],
+            [part.quantity for part in taken],
             extras,
         )
 
@@ -547,10 +596,9 @@ class Bookkeeper:
             await self._voids_changed.wait()
 
     async def _take_back(self, void: VoidRow) -> None:
-        found = await self.store.find_taken(self._identities.digest(void.source, void.voids))
-        counter = self.ledger.counter(found[0].counter) if len(found) == 1 else None
+        parts = [(counter, taken) async for counter, taken in self._find_taken(void)]
         now = self.clock.wall()
-        if counter is None or counter.account.agreement.id != void.agreement:
+        if not parts:
             detail = (
                 f"event {void.voids[:80]!r} of {void.source} is not among this agreement's usage"
             )
@@ -565,12 +613,25 @@ class Bookkeeper:
             await self._durable(Change(voids_gone=(void.number,), journal=(entry,)))
             return
         touched = Touched()
-        one = found[0]
-        self.ledger.take_back(counter, one.quantity, one.amount, one.sample, touched)
+        for counter, one in parts:
+            self.ledger.take_back(counter, one.quantity, one.amount, one.sample, touched)
         entry = self._journal("meterd", "event_taken_back", void.agreement, void.voids)
         change = replace(touched.change(), voids_gone=(void.number,), journal=(entry,))
         await self._durable(change)
-        self._look(counter.account, now)
+        self._look(self.ledger.accounts[void.agreement], now)
+
+    async def _find_taken(self, void: VoidRow) -> AsyncIterator[tuple[Counter, Taken]]:
+        """Find what the event of a void added, counter by counter; nothing where that is unclear.
+
+        Whatever is not found of a later part was never there: all parts are of one commit.
+        """
+        for number in itertools.count():
+            digest = self._identities.digest(void.source, _part_id(void.voids, number))
+            found = await self.store.find_taken(digest)
+            counter = self.ledger.counter(found[0].counter) if len(found) == 1 else None
+            if counter is None or counter.account.agreement.id != void.agreement:
+                return
+            yield counter, found[0]
 
     def _commit(self, change: Change, deliveries: int = 0) -> asyncio.Future[None]:
         future = self.store.commit(change)
@@ -1042,6 +1103,11 @@ def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded
         if not said:
             setattr(event, name, value)
     return event
+
+
+def _part_id(event_id: str, number: int) -> str:
+    """Under which id the parts of an event are found; no event has those behind the first."""
+    return f"{event_id}{_PART}{number}" if number else event_id
 
 
 def _by_meter(entry: Entry) -> dict[str, int]:

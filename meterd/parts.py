@@ -37,7 +37,14 @@ PICOS_PER_MICRO = PICOS // MICROS
 def meters_of(settings: Settings) -> dict[str, Meter]:
     """Make the meters of the configuration."""
     return {
-        name: Meter(name, Aggregation(meter.aggregation), meter.unit)
+        name: Meter(
+            name,
+            Aggregation(meter.aggregation),
+            meter.unit,
+            meter.event_type,
+            meter.value or "",
+            tuple(meter.dimensions.items()),
+        )
         for name, meter in settings.meters.items()
     }
 

@@ -6,7 +6,7 @@ told here; whatever changes more than one of them at a time is the ledger's, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -177,15 +177,31 @@ class Account:
             self.by_role[role] = self.by_role.get(role, 0) + charge
 
 
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """One of the counters that a typed event feeds, and what it adds there.
+
+    `quantity` in nanos; `amount` of a dynamic rate in 10^-21 USDC; `key` of the sample where the
+    meter is not additive.
+    """
+
+    counter: Counter
+    quantity: int
+    amount: int = 0
+    key: str = ""
+
+
 @dataclass(slots=True)
 class ResolvedBatch:
     """The events of a batch that may accrue, as parallel lists, and those that cannot.
 
     `quantities` in nanos; `buckets` are hours since the epoch. A counter of None marks a
-    `meterd.close` or a `meterd.void`. What few events have is kept apart, by their place in the
-    lists: `amounts` of dynamic rates in 10^-21 USDC, sample `keys` of meters that are not additive,
-    and the `holds` that are captured. `refused` says, by the delivery's index, why an event is
-    rejected unless it turns out to be a duplicate; `special`: there are events of special types.
+    `meterd.close`, a `meterd.void`, or a typed event, which has its counters among the `parts`.
+    What few events have is kept apart, by their place in the lists: `amounts` of dynamic rates in
+    10^-21 USDC, sample `keys` of meters that are not additive, `parts`, and the `holds` that are
+    captured. By the delivery's index, `fed` notes what a typed event feeds until its identity is
+    known, and `refused` says why an event is rejected unless it turns out to be a duplicate.
+    `special`: there are events of special types.
     """
 
     rejections: list[Rejection] = field(default_factory=list)
@@ -196,6 +212,8 @@ class ResolvedBatch:
     buckets: list[int] = field(default_factory=list)
     amounts: dict[int, int] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
+    parts: dict[int, Sequence[Charged]] = field(default_factory=dict)
+    fed: dict[int, list[tuple[Counter, int, str]]] = field(default_factory=dict)
     holds: dict[int, str] = field(default_factory=dict)
     refused: dict[int, Why] = field(default_factory=dict)
     special: bool = False
@@ -213,7 +231,7 @@ class Entry:
     rejections: list[Rejection]
     fresh: list[bool] | None
     quantities: dict[Counter, int]
-    events: Mapping[Counter, int]
+    events: dict[Counter, int]
     closes: list[Account]
     voids: list[UsageEvent] = field(default_factory=list)
     amounts: dict[Counter, int] = field(default_factory=dict)

@@ -22,6 +22,7 @@ EVENT_BYTES_MAX = 64 * 1024
 ID_CHARS_MAX = 256
 NAME_CHARS_MAX = 128
 DIMENSIONS_MAX = 32
+NO_DATA = msgspec.Raw(b"")
 
 
 class Reason(enum.StrEnum):
@@ -66,6 +67,9 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     `value` is what a meter of `unique` values looks at, `price` what a dynamic rate charges a unit
     of the quantity, in USDC. `hold` is the reservation that this usage captures. `voids`, `name`,
     `score` and `signature` belong to the special types.
+
+    The last fields are those of a CloudEvent that a bare event does not have; `meterd.core.feeds`
+    brings them to the others. `sequence` is the producer's own number of the event.
     """
 
     id: str = ""
@@ -84,6 +88,12 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     score: int | str = ""
     hold: str = ""
     signature: str = ""
+    specversion: str = ""
+    subject: str = ""
+    datacontenttype: str = ""
+    data: msgspec.Raw = NO_DATA
+    data_base64: str = ""
+    sequence: int | str = ""
 
 
 class _RawEvent(UsageEvent, gc=False):
@@ -170,6 +180,18 @@ def quantity_nanos(quantity: int | str | msgspec.Raw) -> int:
     if not text:
         raise money.BadNumber("there is no quantity")
     return money.parse_quantity(text)
+
+
+def data_nanos(quantity: int | str | msgspec.Raw) -> int:
+    """Read a quantity out of the data of a typed event as nanos: there 0 is 0.
+
+    Raises `money.BadNumber`.
+    """
+    if quantity == 0:
+        return 0
+    if isinstance(quantity, str) and not money.parse_scaled(quantity, money.QUANTITY_DECIMALS):
+        return 0
+    return quantity_nanos(quantity)
 
 
 def score_nanos(score: int | str | msgspec.Raw) -> int:

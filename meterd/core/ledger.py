@@ -31,6 +31,7 @@ import msgspec
 from meterd.core.accounts import (
     Account,
     Agreement,
+    Charged,
     Counter,
     Entry,
     Line,
@@ -54,6 +55,7 @@ from meterd.core.events import (
     printable,
     score_nanos,
 )
+from meterd.core.feeds import USAGE_TYPE, Feeds, Part, open_special, open_usage, unwrap
 from meterd.core.meters import Aggregation, Meter, Sample, Samples
 from meterd.core.money import (
     MICROS,
@@ -91,6 +93,10 @@ VALUE_CHARS_MAX = 256
 AWAITED_MS = 1000  # How often a period that waits for its escrow is looked at.
 
 
+# A counter, the nanos that a typed event adds to it, and the value that tells it apart.
+Fed = tuple[Counter, int, str]
+
+
 class Conflict(Exception):
     """An agreement cannot be bound as asked; the message says why and what to do."""
 
@@ -103,6 +109,7 @@ class Ledger:
         self.meters = dict(meters)
         self.accounts: dict[str, Account] = {}
         self.escrows: dict[str, Escrow] = {}
+        self._feeds = Feeds(meters.values())
         self._by_name: dict[str, Account] = {}  # Agreement ids and escrow ids.
         self._resolved: dict[tuple[str | None, ...], Counter] = {}
         self._asked: dict[str, tuple[str, ...]] = {}
@@ -384,6 +391,7 @@ class Ledger:
                 )
         self._refuse_other_aggregations(meters)
         self.plans, self.meters = dict(plans), dict(meters)
+        self._feeds = Feeds(meters.values())
         self._note_plans()
         self._resolved.clear()
         for account in self.accounts.values():
@@ -743,6 +751,12 @@ class Ledger:
             # 4. The quantity.
             if counter is None:
                 quantity = event.quantity = 0
+                if index in found.fed:
+                    charged = _charged(found.fed[index], event, now)
+                    if isinstance(charged, tuple):
+                        rejections.append(Rejection(index, event_id, *charged))
+                        continue
+                    found.parts[len(found.events)] = charged
             else:
                 number, meter = event.quantity, counter.meter
                 plain = meter.aggregation is _SUM and not event.type  # A score is no quantity.
@@ -782,31 +796,58 @@ class Ledger:
     ) -> Counter | Why | None:
         """Find or make the counter of an event, the slow way; None where it has none.
 
-        What is refused only where it is no duplicate is noted in `found`.
+        What is refused only where it is no duplicate is noted in `found`, and what a typed event
+        feeds.
         """
+        if event.specversion or event.type == USAGE_TYPE:
+            why = open_envelope(event)
+            if why is not None:
+                return why
+            name = event.agreement or event.escrow_id
+            key = self._spelling(name, event.meter, event.dimensions)
         account = self._addressed(event)
         if isinstance(account, tuple):
             return account
-        if self.is_closed(account):
-            closed = f"agreement {account.agreement.id} is closed"
-            found.refused[index] = Reason.CLOSED, closed
-        found.special |= bool(event.type)
-        if event.type in (CLOSE_TYPE, VOID_TYPE):
-            event.agreement = account.agreement.id
-            if event.type == VOID_TYPE and not 0 < len(event.voids) <= ID_CHARS_MAX:
-                return Reason.MALFORMED, "voids: the id of the event to take back"
-            return None
+        closed = self.is_closed(account)
+        if closed:
+            found.refused[index] = Reason.CLOSED, f"agreement {account.agreement.id} is closed"
         at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
-        if event.type:
+        if not event.type:
+            return self._counter_of(account, event.meter, event.dimensions, key, at, closed=closed)
+        if event.type in self._feeds:
+            fed = self._fed(account, event, at, closed=closed)
+            if isinstance(fed, tuple):
+                return fed
+            found.fed[index] = fed
+            event.agreement = account.agreement.id
+            return None
+        found.special = True
+        return self._special(account, event, at)
+
+    def _special(self, account: Account, event: UsageEvent, at: int) -> Counter | Why | None:
+        """Find the counter of an event of a special type; None where it has none."""
+        if event.type not in (CLOSE_TYPE, VOID_TYPE):
             return self._reached(account, event, at)
-        return self._counter_of(account, event, key, at, closed=index in found.refused)
+        event.agreement = account.agreement.id
+        if event.type == VOID_TYPE and not 0 < len(event.voids) <= ID_CHARS_MAX:
+            return Reason.MALFORMED, "voids: the id of the event to take back"
+        return None
+
+    def _spelling(
+        self, name: str, meter: str, dimensions: Mapping[str, str]
+    ) -> tuple[str | None, ...]:
+        """Make the key under which a counter is remembered, as `resolve` does in its loop."""
+        return (name, meter, *map(dimensions.get, self._asked.get(meter, ())))
 
     def _addressed(self, event: UsageEvent) -> Account | Why:
         """Find the account that an event names."""
         name = event.agreement or event.escrow_id
         account = self._by_name.get(name)
-        if event.type and event.type not in SPECIAL_TYPES:
-            detail = f"type {event.type[:80]!r} is not known; leave it out for usage"
+        if event.type and event.type not in SPECIAL_TYPES and event.type not in self._feeds:
+            detail = (
+                f"no meter has the event_type {event.type[:80]!r}; give it to one, "
+                "or leave the type out and name the meter"
+            )
             return Reason.UNKNOWN_TYPE, detail
         if account is None:
             detail = f"no agreement for {name[:80]!r}; bind it: meterd bind ESCROW --plan PLAN"
@@ -838,43 +879,88 @@ class Ledger:
     def _counter_of(
         self,
         account: Account,
-        event: UsageEvent,
+        name: str,
+        dimensions: Mapping[str, str],
         key: tuple[str | None, ...],
         at: int,
         *,
         closed: bool,
     ) -> Counter | Why:
+        """Find or make the counter of a meter by its name and an event's dimensions."""
         plan = account.plan
         card = plan.card_at(at)
-        if event.meter not in self.meters or event.meter not in card.meters:
+        if name not in self.meters or name not in card.meters:
             known = ", ".join(sorted(card.meters - OWN_METERS))
             return (
                 Reason.UNKNOWN_METER,
-                f"plan {plan.name} has no meter {event.meter[:80]!r}; it has {known}",
+                f"plan {plan.name} has no meter {name[:80]!r}; it has {known}",
             )
         # Only the values that are remembered are looked at, so that the verdict on an event does
         # not depend on whether another one with the same spelling came before it.
-        if len(event.dimensions) > DIMENSIONS_MAX or any(
-            name_flaw(event.dimensions.get(name, ""), "a dimension", NAME_CHARS_MAX)
-            for name in self._asked.get(event.meter, ())
+        if len(dimensions) > DIMENSIONS_MAX or any(
+            name_flaw(dimensions.get(asked, ""), "a dimension", NAME_CHARS_MAX)
+            for asked in self._asked.get(name, ())
         ):
             return (
                 Reason.MALFORMED,
                 f"at most {DIMENSIONS_MAX} dimensions of {NAME_CHARS_MAX} printable characters",
             )
-        if card.match(event.meter, event.dimensions) is None:
+        if card.match(name, dimensions) is None:
             return Reason.NO_RATE, f"no rate of plan {plan.name} fits the dimensions"
-        dimensions = card.priced(event.meter, event.dimensions)
+        priced = card.priced(name, dimensions)
         period = plan.period_at(account.opened_at, at)
-        counter = account.counters.get((period, card.id, event.meter, dimensions))
+        counter = account.counters.get((period, card.id, name, priced))
         if counter is None:
-            counter = self._new_counter(account, period, card, event.meter, dimensions)
+            counter = self._new_counter(account, period, card, name, priced)
         # A spelling is remembered only where the time of an event decides nothing.
         if not plan.timed and not closed:
             if len(self._resolved) >= RESOLVED_MAX:
                 self._resolved.clear()
             self._resolved[key] = counter
         return counter
+
+    def _fed(
+        self, account: Account, event: UsageEvent, at: int, *, closed: bool
+    ) -> list[Fed] | Why:
+        """Find the counters of all that a typed event says to meters of its agreement's plan.
+
+        A meter that the plan does not price is not this agreement's. A sum that grows by nothing is
+        left out, where something else is left: it needs no rate.
+        """
+        plan = account.plan
+        card = plan.card_at(at)
+        parts = self._feeds.parts(event)
+        if isinstance(parts, tuple):
+            return parts
+        if event.meter:
+            parts = [part for part in parts if part.meter == event.meter]
+        priced = [part for part in parts if part.meter in self.meters and part.meter in card.meters]
+        if not priced:
+            detail = f"plan {plan.name} prices none of {', '.join(self._feeds.meters(event.type))}"
+            return Reason.NO_RATE, detail
+        fed: list[tuple[Part, int]] = []
+        idle: list[tuple[Part, int]] = []
+        for part in priced:
+            try:
+                quantity = self._meter(part.meter).measure_fed(part.quantity)
+            except BadNumber as error:
+                return Reason.BAD_QUANTITY, f"{part.meter}: {error}"
+            adds = quantity or not self._meter(part.meter).additive
+            (fed if adds else idle).append((part, quantity))
+        found = []
+        for part, quantity in fed or idle[:1]:
+            dimensions = part.dimensions
+            if part.otherwise is not None and card.match(part.meter, dict(dimensions)) is None:
+                dimensions = part.otherwise
+            key = self._spelling(account.agreement.id, part.meter, dimensions)
+            counter = self._resolved.get(key) or self._counter_of(
+                account, part.meter, dimensions, key, at, closed=closed
+            )
+            if isinstance(counter, tuple):
+                reason, detail = counter
+                return reason, f"{part.meter}: {detail}"
+            found.append((counter, quantity, part.value))
+        return found
 
     def _new_counter(
         self, account: Account, period: int, card: RateCard, name: str, dimensions: Dimensions
@@ -943,6 +1029,8 @@ class Ledger:
         )
         if resolved.amounts or resolved.keys:
             _add_extras(entry, resolved, fresh)
+        if resolved.parts:
+            _add_parts(entry, resolved, fresh)
         return entry
 
     def _without_counter(
@@ -1130,9 +1218,34 @@ def _note_extras(
     found: ResolvedBatch, counter: Counter, event: UsageEvent, quantity: int, now: int
 ) -> Why | None:
     """Note an event's sample or its own price; why it cannot be taken, if so."""
-    place, meter = len(found.events), counter.meter
+    charged = _charge(counter, event, quantity, event.value, now)
+    if isinstance(charged, tuple):
+        return charged
+    place = len(found.events)
     if counter.samples is not None:
-        value = event.value
+        found.keys[place] = charged.key
+    if counter.dynamic:
+        found.amounts[place] = charged.amount
+    return None
+
+
+def _charged(fed: Sequence[Fed], event: UsageEvent, now: int) -> list[Charged] | Why:
+    """Work out what a typed event adds to each of the counters that it feeds."""
+    parts = []
+    for counter, quantity, value in fed:
+        charged = _charge(counter, event, quantity, value, now)
+        if isinstance(charged, tuple):
+            return charged
+        parts.append(charged)
+    return parts
+
+
+def _charge(
+    counter: Counter, event: UsageEvent, quantity: int, value: str, now: int
+) -> Charged | Why:
+    """Work out what an event adds to a counter beside its quantity: a sample, its own price."""
+    meter, key, amount = counter.meter, "", 0
+    if counter.samples is not None:
         if meter.aggregation is Aggregation.UNIQUE and not (
             0 < len(value) <= VALUE_CHARS_MAX and value.isprintable()
         ):
@@ -1141,16 +1254,17 @@ def _note_extras(
                 f"value: 1 to {VALUE_CHARS_MAX} printable characters to tell apart",
             )
         at = now if event.time is None else (event.time - _EPOCH) // _MILLISECOND
-        found.keys[place] = meter.sample_key(quantity, value, at, event.id, event.source)
+        key = meter.sample_key(quantity, value, at, event.id, event.source)
     if counter.dynamic or event.price:
-        return _note_price(found, counter, event, quantity)
-    return None
+        priced = _own_price(counter, event, quantity)
+        if isinstance(priced, tuple):
+            return priced
+        amount = priced
+    return Charged(counter, quantity, amount, key)
 
 
-def _note_price(
-    found: ResolvedBatch, counter: Counter, event: UsageEvent, quantity: int
-) -> Why | None:
-    """Note the amount of an event that brings its own price, which only some rates want."""
+def _own_price(counter: Counter, event: UsageEvent, quantity: int) -> int | Why:
+    """The amount of an event that brings its own price, which only some rates want."""
     if not counter.dynamic:
         detail = f"the plan has its own price for {counter.meter.name}; leave price out"
         return Reason.BAD_PRICE, detail
@@ -1161,8 +1275,7 @@ def _note_price(
     if picos > counter.price_max:
         return Reason.BAD_PRICE, f"price: the plan allows {format_price(counter.price_max)} at most"
     event.price = format_price(picos)
-    found.amounts[len(found.events)] = quantity * picos
-    return None
+    return quantity * picos
 
 
 def _add_extras(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None) -> None:
@@ -1175,6 +1288,31 @@ def _add_extras(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None)
         if counter is not None and (fresh is None or fresh[place]):
             said = entry.samples.setdefault(counter, [])
             said.append((key, resolved.quantities[place]))
+
+
+def _add_parts(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None) -> None:
+    """Add what typed events say to each of their counters."""
+    for place, parts in resolved.parts.items():
+        if fresh is not None and not fresh[place]:
+            continue
+        for part in parts:
+            counter = part.counter
+            entry.quantities[counter] = entry.quantities.get(counter, 0) + part.quantity
+            entry.events[counter] = entry.events.get(counter, 0) + 1
+            if counter.dynamic:
+                entry.amounts[counter] = entry.amounts.get(counter, 0) + part.amount
+            if counter.samples is not None:
+                entry.samples.setdefault(counter, []).append((part.key, part.quantity))
+
+
+def open_envelope(event: UsageEvent) -> Why | None:
+    """Bring a CloudEvent to the form of a bare event, as far as its type goes; why not, if so."""
+    why = unwrap(event) if event.specversion else None
+    if why is None and event.type == USAGE_TYPE:
+        why = open_usage(event)
+    elif why is None and event.type in SPECIAL_TYPES:
+        why = open_special(event)
+    return why
 
 
 def _bad_id(index: int, event_id: str) -> Rejection:

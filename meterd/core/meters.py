@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from meterd.core.events import quantity_nanos
+from meterd.core.events import data_nanos, quantity_nanos
 from meterd.core.money import NANOS
 
 
@@ -33,11 +33,18 @@ ADDITIVE = frozenset({Aggregation.SUM, Aggregation.COUNT})
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """One meter of the configuration."""
+    """One meter of the configuration.
+
+    Events of `event_type` feed it without naming it; `value` and the `dimensions` by name are the
+    JSONPaths of what they say to it.
+    """
 
     name: str
     aggregation: Aggregation = Aggregation.SUM
     unit: str = ""
+    event_type: str = ""
+    value: str = ""
+    dimensions: tuple[tuple[str, str], ...] = ()
 
     @property
     def additive(self) -> bool:
@@ -53,6 +60,12 @@ class Meter:
         if self.aggregation in (Aggregation.COUNT, Aggregation.UNIQUE):
             return NANOS
         return quantity_nanos(quantity)
+
+    def measure_fed(self, quantity: int | str | msgspec.Raw) -> int:
+        """How much a typed event's data say, in nanos; here 0 is 0. Raises `money.BadNumber`."""
+        if self.aggregation in (Aggregation.COUNT, Aggregation.UNIQUE):
+            return NANOS
+        return data_nanos(quantity)
 
     def sample_key(self, quantity: int, value: str, at: int, event_id: str, source: str) -> str:
         """Name the sample of an event. `at` in wall ms; equal keys are equal samples.
