@@ -15,7 +15,7 @@ from meterd.otlp.reading import Encoding, Signal
 
 MESSAGE_BYTES_MAX = 4000
 # Of google.rpc.Code, by the HTTP status that goes with it.
-_CODES = {400: 3, 413: 8, 415: 3, 429: 8, 503: 14}
+_CODES = {400: 3, 413: 8, 503: 14}
 _UNKNOWN = 2
 
 
@@ -47,10 +47,11 @@ def status(encoding: Encoding, http_status: int, message: str) -> bytes:
     text = message.encode("utf-8", "replace")[:MESSAGE_BYTES_MAX]
     text = text.decode("utf-8", "ignore").encode()  # A character that was cut in two is dropped.
     # Two fields of one message need no generated class: the code as field 1, the text as field 2.
-    return bytes((0x08, code, 0x12)) + _varint(len(text)) + text
+    return bytes((0x08, code, 0x12)) + varint(len(text)) + text
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """Write a length as protobuf does."""
     written = b""
     while number >= 0x80:
         written += bytes((number & 0x7F | 0x80,))
