@@ -30,7 +30,7 @@ ITEMS_MAX = 1000
 INTEGER_BITS_MAX = 256  # Python refuses to write out very long ones, and the line would be lost.
 
 # Libraries whose everyday remarks would drown ours; at "debug" they may speak.
-_TALKATIVE = ("aiohttp.access", "asyncio")
+_TALKATIVE = ("aiohttp.access", "asyncio", "mcp")
 # What this one calls an error is a request that is not HTTP: whoever reaches the port could fill
 # the disk with its tracebacks. What goes wrong in a handler of ours, the API logs itself.
 _ALARMIST = "aiohttp.server"

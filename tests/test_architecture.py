@@ -94,14 +94,15 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         # What exporters of OpenTelemetry send, as events; it knows no HTTP.
         "otlp": "core sources.__init__",
         # Faces.
-        "api": "bookkeeper core config errors logs meterd otlp sources.__init__",
-        "mcp": "bookkeeper core config errors logs meterd",
+        "api": "bookkeeper core config errors logs mcp meterd otlp sources.__init__",
+        # The way to `/mcp`, for those who bring tools; it knows the protocol and no money.
+        "mcp": "",
         # `check --live` and `verify --live` ask the escrow service as the daemon would.
         "cli": "app audit config core demo errors escrow history listening meterd parts sandbox",
         # It starts processes and looks at them from outside.
         "demo": "core errors sandbox meterd sdk",
         # Another party's server.
-        "sandbox": "core.money errors logs",
+        "sandbox": "core.money errors logs mcp",
         # Runs inside other people's programs, and reads an answer as the daemon does.
         "sdk": "core.money core.settlement errors escrow.documents escrow.line escrow.outcomes",
         "app": "*",

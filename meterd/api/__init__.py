@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from meterd import __version__
 from meterd.api import openapi, pages, problems
+from meterd.api.agents import Agents
 from meterd.api.agreements import Agreements
 from meterd.api.auth import Guard
 from meterd.api.backup import Backup
@@ -118,6 +119,7 @@ def _calls(parts: Parts) -> list[Call]:
         Plans,
         Backup,
         Status,
+        Agents,
         Health,
     )
     calls = [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]

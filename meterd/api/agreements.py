@@ -8,7 +8,6 @@ token.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -18,7 +17,7 @@ from meterd.api.overview import balance, spokesman, state_word
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
-from meterd.api.views import agreement_view, counter_view, release_view
+from meterd.api.views import Document, agreement_view, counter_view, release_view
 from meterd.api.wire import (
     Call,
     Page,
@@ -86,13 +85,17 @@ class Agreements:
     # -- Looking -----------------------------------------------------------------------------------
 
     async def _list(self, request: web.Request) -> web.Response:
-        page = read_page(request)
         state, plan = read_filter(request, "state"), read_filter(request, "plan")
+        return page_answer(*await self.page(read_page(request), state, plan))
+
+    async def page(
+        self, page: Page, state: str | None, plan: str | None
+    ) -> tuple[list[Document], str | None]:
+        """Show a page of the agreements, and the next one's cursor."""
         found = await self._search(page, state, plan)
         shown = found[: page.limit]
         following = shown[-1].agreement.id if len(found) > page.limit else None
-        views = [self._view(account) for account in shown]
-        return page_answer(views, following)
+        return [self.view(account) for account in shown], following
 
     async def _search(self, page: Page, state: str | None, plan: str | None) -> list[Account]:
         """Find one agreement more than the page holds: it tells whether there is a next one."""
@@ -112,11 +115,15 @@ class Agreements:
         return self._shown(self._account(request))
 
     async def _usage(self, request: web.Request) -> web.Response:
-        account, page = self._account(request), read_page(request)
+        page = self.usage(self._account(request), read_page(request))
+        return page_answer(*page)
+
+    def usage(self, account: Account, page: Page) -> tuple[list[Document], str | None]:
+        """Show a page of an agreement's counters, and the next one's cursor."""
         counters = [account.counters[key] for key in sorted(account.counters, key=_by_meter)]
         end = page.number + page.limit
         views = [counter_view(counter) for counter in counters[page.number : end]]
-        return page_answer(views, str(end) if end < len(counters) else None)
+        return views, str(end) if end < len(counters) else None
 
     async def _releases(self, request: web.Request) -> web.Response:
         account, page = self._account(request), read_page(request)
@@ -150,15 +157,18 @@ class Agreements:
 
     async def _settle(self, request: web.Request) -> web.Response:
         account = self._account(request)
-        reason = await _reason(request, needed=False)
+        await self.settle(account, request[ACTOR], await _reason(request, needed=False))
+        return self._shown(account, 202)
+
+    async def settle(self, account: Account, actor: str, reason: str) -> None:
+        """Begin to release what is unsettled. Raises `Refused`, and as the bookkeeper does."""
         if self._ledger.is_closed(account):
             raise Refused(f"agreement {account.agreement.id} is closed: nothing is sent any more")
         escrow = spokesman(self._ledger, account)
         if escrow.status is EscrowStatus.FROZEN:
             command = f"meterd resume {account.agreement.id} --reason TEXT"
             raise Refused(f"it is frozen ({escrow.reason}); when that is put right: {command}")
-        await self._bookkeeper.settle(account, request[ACTOR], reason)
-        return self._shown(account, 202)
+        await self._bookkeeper.settle(account, actor, reason)
 
     async def _close(self, request: web.Request) -> web.Response:
         """Close; once more changes nothing."""
@@ -184,8 +194,10 @@ class Agreements:
     # -- Finding -----------------------------------------------------------------------------------
 
     def _account(self, request: web.Request) -> Account:
+        return self.find(read_id(request))
+
+    def find(self, name: str) -> Account:
         """Find an agreement by its own or its escrow's id. Raises `NotFound`."""
-        name = read_id(request)
         account = self._ledger.account(name)
         if account is None:
             raise NotFound(f"there is no agreement {name}; list them: meterd agreements")
@@ -194,13 +206,14 @@ class Agreements:
     def _word(self, account: Account) -> str:
         return state_word(spokesman(self._ledger, account), balance(self._ledger, account))
 
-    def _view(self, account: Account) -> dict[str, Any]:
+    def view(self, account: Account) -> Document:
+        """Show an agreement, with what is set aside for work under way."""
         return agreement_view(
             self._ledger, account, self._bookkeeper.holds.amount(account.agreement.id)
         )
 
     def _shown(self, account: Account, status: int = 200) -> web.Response:
-        return json_answer(self._view(account), status)
+        return json_answer(self.view(account), status)
 
 
 async def _reason(request: web.Request, *, needed: bool = True) -> str:

@@ -21,6 +21,8 @@ from meterd.api.problems import Problem
 from meterd.api.settings import ApiToken, Scope
 
 ACTOR = web.RequestKey("actor", str)  # The name for the journal.
+# What the caller may do, for calls that hold several acts; without tokens, everything.
+SCOPES = web.RequestKey("scopes", frozenset[Scope])
 OPEN_ACTOR = "http"
 SCHEME = "bearer "
 
@@ -46,8 +48,9 @@ class Guard:
         return guard
 
     def _admit(self, request: web.Request) -> None:
-        request[ACTOR] = OPEN_ACTOR
+        request[ACTOR], request[SCOPES] = OPEN_ACTOR, frozenset[Scope]()
         if not self._tokens:
+            request[SCOPES] = frozenset(Scope)
             _same_machine(request)
             return
         route = request.match_info.route
@@ -60,9 +63,8 @@ class Guard:
             return
         token = self._token(request)
         if scope not in token.scopes:
-            detail = f"this needs a token with the scope {scope.value}"
-            raise Problem(403, "scope-missing", detail)
-        request[ACTOR] = token.name
+            raise scope_missing(scope)
+        request[ACTOR], request[SCOPES] = token.name, token.scopes
 
     def _token(self, request: web.Request) -> ApiToken:
         header = request.headers.get(hdrs.AUTHORIZATION, "")
@@ -77,6 +79,11 @@ class Guard:
             challenge = {"WWW-Authenticate": 'Bearer realm="meterd"'}
             raise Problem(401, "token-missing", detail, headers=challenge)
         return found
+
+
+def scope_missing(scope: Scope) -> Problem:
+    """Refuse a caller whose token does not list a scope."""
+    return Problem(403, "scope-missing", f"this needs a token with the scope {scope.value}")
 
 
 def _digest(text: str) -> bytes:

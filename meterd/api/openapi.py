@@ -311,6 +311,17 @@ SCHEMAS: Mapping[str, Schema] = {
         limit={"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT},
         before=WHOLE_OR_NONE,
     ),
+    "RpcCall": {
+        "type": "object",
+        "required": ["jsonrpc", "method"],
+        "properties": {
+            "jsonrpc": {"const": "2.0"},
+            "id": {"anyOf": [TEXT, WHOLE]},
+            "method": TEXT,
+            "params": {"type": "object"},
+        },
+    },
+    "Rpc": _object(jsonrpc=TEXT),
     "Wanted": _body("path", path={**TEXT, "maxLength": 1024, "examples": ["/var/backups/m.db"]}),
 }
 
@@ -475,6 +486,20 @@ CALLS: Mapping[str, Described] = {
     "GET /v1/status": Described(
         "Is money flowing, and what should a person do next.", {200: _ref("Status")}
     ),
+    "POST /mcp": Described(
+        "The Model Context Protocol, for agents: one message of JSON-RPC 2.0. Tools that change"
+        " something need the scope admin as well.",
+        {
+            200: _ref("Rpc"),
+            202: "",
+            400: _ref("Rpc"),
+            404: _ref("Rpc"),
+            406: _ref("Rpc"),
+            501: problems.CONTENT_TYPE,
+        },
+        body="RpcCall",
+        example={"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}},
+    ),
     "GET /healthz": Described("The process lives.", {200: _ref("Alive")}),
     "GET /readyz": Described("The disk takes commits, sources are there.", {200: _ref("Ready")}),
     "GET /metrics": Described("Every series, for Prometheus.", {200: "text/plain"}),
@@ -529,7 +554,12 @@ def call_for(calls: Sequence[Call]) -> Call:
 
 def _operation(call: Call, described: Described) -> dict[str, Any]:
     answers = {str(status): _answer(what) for status, what in described.answers.items()}
-    answers |= {str(status): _problem(text) for status, text in PROBLEMS.items()}
+    for status, text in PROBLEMS.items():
+        problem, own = _problem(text), answers.get(str(status), {})
+        answers[str(status)] = {
+            **problem,
+            "content": {**own.get("content", {}), **problem["content"]},
+        }
     if described.otlp:
         for status in (200, *STATUSES):
             shape = described.answers.get(status, _ref("Refusal"))
@@ -575,6 +605,8 @@ def _request_body(described: Described) -> dict[str, Any]:
 def _answer(what: Schema | str) -> dict[str, Any]:
     if what == "":
         return {"description": "Done."}
+    if what == problems.CONTENT_TYPE:
+        return _problem("This daemon cannot; `detail` says what is missing.")
     if isinstance(what, str):
         return {"description": "As asked.", "content": {what: {"schema": TEXT}}}
     return {"description": "As asked.", "content": {JSON: {"schema": what}}}

@@ -53,19 +53,30 @@ class Openings:
         ]
 
     async def _open(self, request: web.Request) -> web.Response:
-        wish = _wish(await read_command(request, Order, example=OPEN_EXAMPLE))
+        order = await read_command(request, Order, example=OPEN_EXAMPLE)
+        return json_answer(*await self.open(order, request[ACTOR]))
+
+    async def open(self, order: Order, actor: str) -> tuple[Document, int]:
+        """Lock and bind: the agreement, or what is waited for, and the status of the answer.
+
+        Raises `Problem`, and as the opener does.
+        """
+        wish = _wish(order)
         if wish.plan not in self._ledger.plans:
             plans = ", ".join(sorted(self._ledger.plans)) or "none"
             raise Problem(400, "unknown-plan", f"there is no such plan; known: {plans}")
         known = wish.agreement in self._ledger.accounts
-        agreement = await self._opener.open(wish, request[ACTOR])
-        waiting = [row for row in self._opener.unfinished if row.agreement == agreement]
+        agreement = await self._opener.open(wish, actor)
         account = self._ledger.accounts.get(agreement)
+        waiting = self.waiting(agreement)
         if account is None or (waiting and wish.next):
-            views = [opening_view(row) for row in waiting]
-            return json_answer({"id": agreement, "state": "opening", "openings": views}, 202)
-        status = 200 if known and not wish.next else 201
-        return json_answer(agreement_view(self._ledger, account), status)
+            return {"id": agreement, "state": "opening", "openings": waiting}, 202
+        return agreement_view(self._ledger, account), 200 if known and not wish.next else 201
+
+    def waiting(self, agreement: str) -> list[Document]:
+        """Show the openings of an agreement whose escrow nothing draws on yet."""
+        rows = self._opener.unfinished
+        return [opening_view(row) for row in rows if row.agreement == agreement]
 
     async def _list(self, _: web.Request) -> web.Response:
         views = [opening_view(row) for row in self._opener.unfinished]

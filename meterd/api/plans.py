@@ -11,7 +11,7 @@ from aiohttp import web
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
-from meterd.api.views import plan_view, quote_view
+from meterd.api.views import Document, plan_view, quote_view
 from meterd.api.wire import Call, json_answer, page_answer, read_command, read_page
 from meterd.core.events import quantity_nanos
 from meterd.core.money import BadNumber, parse_price
@@ -56,7 +56,10 @@ class Plans:
 
     async def _quote(self, request: web.Request) -> web.Response:
         """Price a usage of one period; nothing is counted."""
-        asked = await read_command(request, Question, example=QUOTE_EXAMPLE)
+        return json_answer(self.quote(await read_command(request, Question, example=QUOTE_EXAMPLE)))
+
+    def quote(self, asked: Question) -> Document:
+        """Answer a question. Raises `Problem`."""
         plan = self._ledger.plans.get(asked.plan)
         if plan is None:
             known = ", ".join(sorted(self._ledger.plans)) or "none"
@@ -67,7 +70,7 @@ class Plans:
             quoted = quote(plan, self._ledger.meters, usage, at, ended=asked.ended)
         except Unpriced as error:
             raise Problem(400, "unpriced", str(error)) from None
-        return json_answer(quote_view(quoted))
+        return quote_view(quoted)
 
     async def _list(self, request: web.Request) -> web.Response:
         page = read_page(request)

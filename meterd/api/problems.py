@@ -103,6 +103,20 @@ def middleware(
     return problems
 
 
+def sentence(
+    error: Exception, fatal: Callable[[BaseException], None], place: str, *, changes: bool
+) -> str:
+    """Say what the middleware would, and do what it does, where no answer of HTTP carries it.
+
+    `changes`: what failed may have left memory ahead of the disk.
+    """
+    if isinstance(error, Problem):
+        return error.detail
+    if isinstance(error, Unavailable | NotFound | Refused):
+        return str(error)
+    return _mistake(error, fatal, "POST", place, ends=changes).detail
+
+
 def _of_http(error: web.HTTPException, request: web.Request, body_limit: int) -> Problem:
     """Say what aiohttp refuses by itself in our form."""
     details = {
@@ -133,15 +147,21 @@ def _of_bug(
 
     Behind a call that changes something nobody knows what was applied and not committed.
     """
-    ends = isinstance(error, _ENDS_THE_PROCESS) or request.method not in _READS
+    path = request.rel_url.raw_path[:INSTANCE_CHARS_MAX]
+    return _mistake(error, fatal, request.method, path, ends=request.method not in _READS)
+
+
+def _mistake(
+    error: Exception, fatal: Callable[[BaseException], None], method: str, path: str, *, ends: bool
+) -> Problem:
     log.error(
         "A request failed by a mistake of meterd's own.",
         action="request_failed",
-        method=request.method,
-        path=request.rel_url.raw_path[:INSTANCE_CHARS_MAX],
+        method=method,
+        path=path,
         exc_info=error,
     )
-    if ends:
+    if ends or isinstance(error, _ENDS_THE_PROCESS):
         fatal(error)
         headers = {"Retry-After": "5"}
         detail = "meterd stops and starts again from its disk; send this again"

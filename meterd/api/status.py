@@ -10,7 +10,7 @@ from aiohttp import web
 from meterd.api.overview import Attention, Figures
 from meterd.api.parts import Parts
 from meterd.api.settings import Scope
-from meterd.api.views import source_view
+from meterd.api.views import Document, source_view
 from meterd.api.wire import Call, iso_time, json_answer
 from meterd.core import advice
 from meterd.core.money import format_amount, format_exact
@@ -31,45 +31,47 @@ class Status:
         return [Call("GET", "/v1/status", Scope.READ, self._get)]
 
     async def _get(self, _: web.Request) -> web.Response:
+        return json_answer(await self.document())
+
+    async def document(self) -> Document:
+        """Say it all, as it is now."""
         parts = self._parts
         figures = await parts.overview.refresh()
         released_at = await self._released_at()
         now = parts.bookkeeper.clock.wall()
         instruments, store = parts.instruments, parts.bookkeeper.store
         blocked = self._blocked()
-        return json_answer(
-            {
-                "version": parts.version,
-                "now": iso_time(now),
-                "started_at": iso_time(parts.started_at),
-                "flow": {
-                    "word": self._word(figures),
-                    "blocked": blocked,
-                    "next": advice.against(blocked),
-                    "last_event_at": iso_time(instruments.last_event_at),
-                    "last_release_at": iso_time(released_at),
-                    "settlement_lag_s": figures.lag_ms // 1000,
-                },
-                "needs_a_person": self._needs_a_person(figures, blocked),
-                "totals": _totals(figures),
-                "events": {
-                    "accepted": instruments.accepted,
-                    "duplicates": instruments.duplicates,
-                    "rejected": instruments.rejected,
-                    "pending": parts.bookkeeper.pending,
-                },
-                "agreements": {"total": figures.agreements, "by_state": figures.states},
-                "releases_in_doubt": figures.releases_in_doubt,
-                "releases_escalated": figures.releases_escalated,
-                "frozen": _attention(figures.frozen),
-                "in_doubt": _attention(figures.doubtful),
-                "exhausted": _attention(figures.exhausted),
-                "paused": _attention(figures.paused),
-                "sources": [source_view(state) for state in parts.intake.states.values()],
-                "store": {"writable": store.writable, "bytes": parts.store_bytes()},
-                "dead_letters": parts.bookkeeper.dead_letters,
-            }
-        )
+        return {
+            "version": parts.version,
+            "now": iso_time(now),
+            "started_at": iso_time(parts.started_at),
+            "flow": {
+                "word": self._word(figures),
+                "blocked": blocked,
+                "next": advice.against(blocked),
+                "last_event_at": iso_time(instruments.last_event_at),
+                "last_release_at": iso_time(released_at),
+                "settlement_lag_s": figures.lag_ms // 1000,
+            },
+            "needs_a_person": self._needs_a_person(figures, blocked),
+            "totals": _totals(figures),
+            "events": {
+                "accepted": instruments.accepted,
+                "duplicates": instruments.duplicates,
+                "rejected": instruments.rejected,
+                "pending": parts.bookkeeper.pending,
+            },
+            "agreements": {"total": figures.agreements, "by_state": figures.states},
+            "releases_in_doubt": figures.releases_in_doubt,
+            "releases_escalated": figures.releases_escalated,
+            "frozen": _attention(figures.frozen),
+            "in_doubt": _attention(figures.doubtful),
+            "exhausted": _attention(figures.exhausted),
+            "paused": _attention(figures.paused),
+            "sources": [source_view(state) for state in parts.intake.states.values()],
+            "store": {"writable": store.writable, "bytes": parts.store_bytes()},
+            "dead_letters": parts.bookkeeper.dead_letters,
+        }
 
     def _blocked(self) -> str:
         """Why nothing is released anywhere; a full disk is the first of the reasons."""
