@@ -452,11 +452,17 @@ class Bookkeeper:
     # -- Holds --------------------------------------------------------------------------------
 
     async def authorize(
-        self, account: Account, ask: Ask, *, hold_ms: int | None = None
+        self,
+        account: Account,
+        ask: Ask,
+        *,
+        hold_ms: int | None = None,
+        hold_id: str | None = None,
     ) -> tuple[Verdict, Hold | None]:
         """Say whether a call may be served; with `hold_ms`, set its price aside for so long.
 
-        The verdict and the hold are one step; the hold is durable when this returns.
+        The verdict and the hold are one step; the hold is durable when this returns. `hold_id`: its
+        id, which no live hold has; None: a new one is made.
         """
         now = self.clock.wall()
         self._expire_holds(now)
@@ -467,7 +473,7 @@ class Bookkeeper:
         if hold_ms is None or not verdict.allowed:
             return verdict, None
         hold = Hold(
-            id=f"hold_{secrets.token_hex(12)}",
+            id=hold_id or f"hold_{secrets.token_hex(12)}",
             agreement=account.agreement.id,
             amount=verdict.needed,
             meter=ask.meter,
@@ -497,6 +503,22 @@ class Bookkeeper:
             "id": hold.id,
             "source": HOLD_SOURCE,
             "agreement": hold.agreement,
+    def live_hold(self, hold_id: str) -> Hold | None:
+        """Find a hold that is live now."""
+        self._expire_holds(self.clock.wall())
+        return self.holds.get(hold_id)
+
+    async def authorized(self, account: Account, hold: Hold) -> Verdict:
+        """Say once more what was said when a live hold was made; it is durable at the return."""
+        ask = Ask(hold.meter, hold.quantity, dict(hold.dimensions))
+        room = self.holds.judge(self.ledger, account, ask, self.clock.wall()).headroom
+        await self._durable(Change())  # The hold itself may still be on its way to the disk.
+        return Verdict(
+            allowed=True,
+            needed=hold.amount,
+            headroom=None if room is None else room + hold.amount,
+        )
+
             "meter": hold.meter,
             "quantity": quantity,
             "dimensions": dict(hold.dimensions),

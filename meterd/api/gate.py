@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from meterd.api.idempotency import hold_id_of, read_key, used_otherwise
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
@@ -77,9 +78,30 @@ class Gate:
         account = self._account(asked.agreement)
         if asked.hold is not None and not 0 < asked.hold <= HOLD_SECONDS_MAX:
             raise Problem(400, "bad-body", f"hold: 1 to {HOLD_SECONDS_MAX} seconds")
-        hold_ms = None if asked.hold is None else asked.hold * 1000
-        verdict, hold = await self._bookkeeper.authorize(account, _ask(asked), hold_ms=hold_ms)
+        ask, key = _ask(asked), read_key(request)
+        if asked.hold is None:  # Nothing changes: a key has nothing to keep.
+            verdict, hold = await self._bookkeeper.authorize(account, ask)
+        else:
+            hold_id = None if key is None else hold_id_of(request, key)
+            verdict, hold = await self._set_aside(account, ask, asked.hold * 1000, hold_id)
         return json_answer(_answer(verdict, hold), 200 if verdict.allowed else 402)
+
+    async def _set_aside(
+        self, account: Account, ask: Ask, hold_ms: int, hold_id: str | None
+    ) -> tuple[Verdict, Hold | None]:
+        """Make a hold; asked for again with the same key, it is the same one.
+
+        Its id is made of the key, so that a crash in between makes no second one.
+        """
+        books = self._bookkeeper
+        known = None if hold_id is None else books.live_hold(hold_id)
+        if known is not None:
+            if not _is_for(known, account, ask, hold_ms):
+                raise used_otherwise()
+            return await books.authorized(account, known), known
+        if hold_id is not None and books.was_captured(hold_id):
+            raise Problem(409, "hold-ended", f"hold {hold_id} was captured; take a new key")
+        return await books.authorize(account, ask, hold_ms=hold_ms, hold_id=hold_id)
 
     async def _capture(self, request: web.Request) -> web.Response:
         """Turn a hold into usage. Once more with the same quantity it is a duplicate."""
@@ -151,6 +173,14 @@ def _ask(asked: Asked) -> Ask:
         detail = f"at most {DIMENSIONS_MAX} dimensions of {NAME_CHARS_MAX} printable characters"
         raise Problem(400, "bad-body", detail)
     return Ask(asked.meter, _nanos(asked.quantity), asked.dimensions)
+
+
+def _is_for(hold: Hold, account: Account, ask: Ask, hold_ms: int) -> bool:
+    """Whether a hold was made by this very request."""
+    dimensions = tuple(sorted(ask.dimensions.items()))
+    wanted = account.agreement.id, ask.meter, ask.quantity, dimensions, hold_ms
+    lasts = hold.expires_at - hold.created_at
+    return wanted == (hold.agreement, hold.meter, hold.quantity, hold.dimensions, lasts)
 
 
 def _nanos(quantity: int | str) -> int:

@@ -89,3 +89,52 @@ async def test_gate_refuses_what_has_no_price_and_whom_it_does_not_know(world):
     assert (404, 402) == (unknown.status, no_meter.status)
     assert "teapots" in no_meter.json["reason"]
     assert [400] * 5 == [reply.status for reply in bad]
+
+
+async def keyed(world, key, quantity=1000, hold=60, **more):
+    """Ask for a hold with a key; the whole reply."""
+    body = {**USAGE, "quantity": quantity * MILLI, "hold": hold, **more}
+    return await world.post("/v1/authorize", body, headers={"Idempotency-Key": key})
+
+
+async def test_hold_that_is_asked_for_again_with_its_key_is_the_same_one(world):
+    """One hold, one amount set aside, and the same words; quotes around the key are no part."""
+    first, again = await keyed(world, "a-1"), await keyed(world, '"a-1"')
+    at_once = await asyncio.gather(*(keyed(world, "a-2") for _ in range(20)))
+
+    assert first.json == again.json
+    assert 1 == len({reply.json["hold"] for reply in at_once})
+    assert "2.00" == (await world.get("/v1/agreements/esc_1")).json["holds"]
+    assert first.json["hold"] != at_once[0].json["hold"]
+
+
+async def test_key_of_a_hold_is_refused_with_another_request(world):
+    """Another quantity, dimension or time to live is another request."""
+    await keyed(world, "a-1")
+    others = [
+        await keyed(world, "a-1", quantity=999),
+        await keyed(world, "a-1", hold=61),
+        await keyed(world, "a-1", dimensions={"model": "m"}),
+    ]
+
+    assert [422] * 3 == [reply.status for reply in others]
+    assert {"urn:meterd:problem:key-reused"} == {reply.json["type"] for reply in others}
+
+
+async def test_key_of_a_captured_hold_makes_no_other_one(world):
+    """The work was paid for; a voided hold's key is free again."""
+    first = (await keyed(world, "a-1")).json["hold"]
+    await world.post(f"/v1/holds/{first}/capture", {})
+    second = (await keyed(world, "a-2")).json["hold"]
+    await world.post(f"/v1/holds/{second}/void")
+
+    assert 409 == (await keyed(world, "a-1")).status
+    assert 200 == (await keyed(world, "a-2")).status
+
+
+async def test_key_that_is_none_is_refused(world):
+    """Empty, too long, not printable or not ASCII."""
+    replies = [await keyed(world, key) for key in ("", '""', "x" * 256, "a\tb", "ä")]
+
+    assert [400] * 5 == [reply.status for reply in replies]
+    assert {"urn:meterd:problem:bad-key"} == {reply.json["type"] for reply in replies}
