@@ -55,6 +55,8 @@ def json_flaw(error: Exception, document: bytes) -> str:
 def _said(text: str, document: bytes) -> str:
     if text == "Input data was truncated":
         return "no JSON: it breaks off before its end"
+    if text == "Number out of range":
+        return "a number in it has too many digits"
     if syntax := _SYNTAX.fullmatch(text):
         place = int(syntax[2])
         return f"no JSON: {syntax[1]} at byte {place}{_excerpt(document, place)}"

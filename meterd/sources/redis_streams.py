@@ -534,11 +534,19 @@ class RedisStreamSource:
             while not reply:
                 reader = self._connected(self._reader)
                 reply = await _ask(reader, *command, "STREAMS", settings.stream, after)
+                if not reply:
+                    await self._look_whether_recreated(reader)
         entries = reply[0][1]
         last = parse_id(entries[-1][0].decode())
         position = replace(self._read_to.counting(len(entries)), entry_id=last)
         self._read_to = position
         return _deliveries(entries, _Receipt(position), str(position))
+
+    async def _look_whether_recreated(self, reader: Redis) -> None:
+        """Look, while nothing comes: XREAD would wait for ever behind ids that are gone."""
+        stream = await self._stream_facts(reader)
+        if stream.last < self._read_to.entry_id:
+            raise SourceUnavailable(f"{self._where}: it was recreated; connecting again")
 
     async def _read_group(self) -> Deliveries:
         async with self._explained():
@@ -667,7 +675,7 @@ class RedisStreamSource:
                 "source another `stream`, or look at what is there with "
                 f"`redis-cli TYPE {settings.stream}`"
             )
-        if "NOGROUP" in text or "requires the key to exist" in text:
+        if any(words in text for words in ("NOGROUP", "requires the key to exist", "no such key")):
             return f"{self._where}: it was deleted, or its group {settings.group} was"
         if isinstance(error, NoPermissionError) or "NOPERM" in text:  # A pipeline keeps the word.
             return f"Redis at {self.address}: the ACL of its user lacks what meterd needs: {text}"

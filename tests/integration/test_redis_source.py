@@ -296,6 +296,29 @@ async def test_recreated_stream_is_read_from_before_with_a_warning(client, make)
     assert await source.lag() == 0
 
 
+@pytest.mark.parametrize("entries", [(), ("5-1",)])
+async def test_stream_recreated_with_smaller_ids_is_noticed_while_nothing_comes(
+    client, make, entries
+):
+    """A read that waits behind an id which is gone does not wait for ever."""
+    add(client, b"1", b"2", b"3")
+    source = make()
+    await source.connect(None)
+    _, before = await take(source, 3)
+    client.delete(STREAM)
+    for entry in entries:
+        client.xadd(STREAM, {"event": b"new"}, id=entry)
+    with pytest.raises(SourceUnavailable, match=r"deleted|recreated"):
+        await source.read()
+    warnings = await source.connect(before.position)
+    client.xadd(STREAM, {"event": b"newer"}, id="6-1")
+    payloads, _ = await take(source, len(entries) + 1)
+
+    assert "stands before the position" in warnings[0]
+    assert payloads == [b"new", b"newer"][-len(payloads) :]
+    assert await source.lag() == 0
+
+
 async def test_stream_deleted_under_way_is_noticed_after_the_next_commit(client, make):
     """Another stream under the same key does not pass for the one that was read."""
     add(client, b"1", b"2", b"3")

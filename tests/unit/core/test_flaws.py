@@ -42,6 +42,7 @@ SAID: dict[bytes, str] = {
     b'{"id": "\xff"}': "a text in it is not valid UTF-8",
     b'{"x": "\xe9\xff", "id" 5}': "no JSON: expected ':' at byte 17: 5}",
     b"{" + b'"x":[' * 1 + b"[" * 60_000: "it is nested too deeply",
+    b"9" * 5000: "a number in it has too many digits",
     # What programs send by mistake, whatever is behind it.
     b"\xef\xbb\xbf{}": "it begins with a byte order mark; send plain UTF-8",
     b"\xff\xfe{\x00": "it begins with a byte order mark; send plain UTF-8",
