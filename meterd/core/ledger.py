@@ -55,7 +55,15 @@ from meterd.core.events import (
     printable,
     score_nanos,
 )
-from meterd.core.feeds import USAGE_TYPE, Feeds, Part, open_special, open_usage, unwrap
+from meterd.core.feeds import (
+    GENAI_TYPE,
+    USAGE_TYPE,
+    Feeds,
+    Part,
+    open_special,
+    open_usage,
+    unwrap,
+)
 from meterd.core.meters import Aggregation, Meter, Sample, Samples
 from meterd.core.money import (
     MICROS,
@@ -757,6 +765,10 @@ class Ledger:
                         rejections.append(Rejection(index, event_id, *charged))
                         continue
                     found.parts[len(found.events)] = charged
+                    if event.type == GENAI_TYPE:
+                        # A span and the log record of the same call are one event, and neither is
+                        # made at the other's time: it has done its work, and is no content here.
+                        event.time = None
             else:
                 number, meter = event.quantity, counter.meter
                 plain = meter.aggregation is _SUM and not event.type  # A score is no quantity.
