@@ -32,6 +32,7 @@ CORE_ORDER = (
     "thresholds",
     "openings",
     "changes",
+    "sequences",
     "accounts",
     "ledger",
     "discovery",
@@ -44,6 +45,7 @@ CORE_ORDER = (
 CORE_LIBRARIES = frozenset(
     {
         "__future__",
+        "bisect",
         "collections",
         "dataclasses",
         "datetime",

@@ -103,6 +103,20 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class ProducerRow:
+    """A producer that numbers its events, as `core.sequences` knows it. Key: source."""
+
+    source: str
+    run: int  # From 1: how often its numbers have begun.
+    intervals: tuple[tuple[int, int], ...]  # First and last of the numbers counted, ascending.
+    since: int  # Wall ms, like the two below.
+    latest: int
+    exact: bool
+    missing_since: int
+    given_up: int  # How many numbers nobody waits for any more.
+
+
+@dataclass(frozen=True, slots=True)
 class CardRow:
     """A rate card, kept for ever: what was accrued under it can always be recomputed. Key: id."""
 
@@ -166,8 +180,12 @@ class Change:
     escrows: tuple[Escrow, ...] = ()
     releases: tuple[Release, ...] = ()
     openings: tuple[Opening, ...] = ()
+    producers: tuple[ProducerRow, ...] = ()
+    producers_gone: tuple[str, ...] = ()
     journal: tuple[JournalEntry, ...] = ()
     marks_from: int | None = None  # Forget identities of earlier hours.
+    # Wall ms: until then, events were counted whose producers' numbers are not remembered.
+    numbers_from: int | None = None
 
 
 @dataclass(slots=True)
@@ -187,5 +205,7 @@ class State:
     openings: list[Opening] = field(default_factory=list)
     opened: frozenset[str] = frozenset()  # Agreements that meterd itself has locked an escrow for.
     positions: dict[str, str] = field(default_factory=dict)
+    producers: list[ProducerRow] = field(default_factory=list)
+    numbers_from: int = 0
     dead_letters: int = 0  # How many there are.
     dead_letter_next: int = 1

@@ -26,6 +26,7 @@ from meterd.core.changes import (
     Hold,
     JournalEntry,
     MarkBlock,
+    ProducerRow,
     SampleRow,
     VoidRow,
 )
@@ -257,6 +258,20 @@ CREATE TABLE hold (
     created_at INTEGER NOT NULL,
     expires_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+
+CREATE TABLE producer (
+    source TEXT NOT NULL PRIMARY KEY CHECK (source <> ''),
+    run INTEGER NOT NULL CHECK (run > 0),
+    intervals TEXT NOT NULL CHECK (intervals GLOB '[[][[][0-9]*'),
+    since INTEGER NOT NULL,
+    latest INTEGER NOT NULL,
+    exact INTEGER NOT NULL CHECK (exact IN (0, 1)),
+    missing_since INTEGER NOT NULL,
+    {_count("given_up")}
+) STRICT, WITHOUT ROWID;
+-- Of what was counted before there was this table, no producer's numbers are known.
+INSERT INTO setting SELECT 'numbers_from', (strftime('%s', 'now') + 300) * 1000
+WHERE EXISTS (SELECT 1 FROM mark_block);
 """  # noqa: S608  # Names of this file alone.
 
 # Each step leads from the version that is its place in this list to the next one. A step that has
@@ -305,6 +320,7 @@ _COUNTER = "agreement card meter dimensions quantity events period amount number
 _SAMPLE = "counter key quantity count"
 _VOID = "number agreement source voids at"
 _HOLD = "id agreement amount meter dimensions quantity created_at expires_at"
+_PRODUCER = "source run intervals since latest exact missing_since given_up"
 _ESCROW = (
     "id agreement role status reason closing total baseline settled credited observed remaining"
     " service_status provider deadline quarantine_factor units_settled settled_at refund"
@@ -325,6 +341,7 @@ _PUT_COUNTER = Upsert("counter", _COUNTER, "agreement period card meter dimensio
 _PUT_SAMPLE = Upsert("sample", _SAMPLE, "counter key")
 _PUT_VOID = Upsert("void", _VOID, "number")
 _PUT_HOLD = Upsert("hold", _HOLD, "id")
+_PUT_PRODUCER = Upsert("producer", _PRODUCER, "source")
 _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
 _PUT_OPENING = Upsert("opening", _OPENING, "id")
@@ -337,6 +354,7 @@ COUNTER_COLUMNS = _COUNTER.replace(" ", ", ")
 SAMPLE_COLUMNS = _SAMPLE.replace(" ", ", ")
 VOID_COLUMNS = _VOID.replace(" ", ", ")
 HOLD_COLUMNS = _HOLD.replace(" ", ", ")
+PRODUCER_COLUMNS = _PRODUCER.replace(" ", ", ")
 ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
 OPENING_COLUMNS = _OPENING.replace(" ", ", ")
@@ -372,8 +390,10 @@ class Rows:
     voids_gone: dict[int, None] = field(default_factory=dict)
     dead_letters: dict[int, DeadLetter] = field(default_factory=dict)
     dead_letters_gone: dict[int, None] = field(default_factory=dict)
+    producers: dict[str, ProducerRow | None] = field(default_factory=dict)  # None: forgotten.
     journal: list[JournalEntry] = field(default_factory=list)
     marks_from: int | None = None
+    numbers_from: int | None = None
 
     @classmethod
     def of(cls, changes: Iterable[Change]) -> Rows:
@@ -412,6 +432,10 @@ class Rows:
             self.dead_letters[letter.number] = letter
             self.dead_letters_gone.pop(letter.number, None)
         self.dead_letters_gone.update(dict.fromkeys(change.dead_letters_gone))
+        self.producers.update({producer.source: producer for producer in change.producers})
+        self.producers.update(dict.fromkeys(change.producers_gone))
+        if change.numbers_from is not None:
+            self.numbers_from = change.numbers_from
         self.journal += change.journal
         if change.marks_from is not None:
             self.marks_from = max(change.marks_from, self.marks_from or 0)
@@ -442,10 +466,14 @@ class Rows:
             [(first + n, block.bucket, block.count, block.data) for n, block in enumerate(blocks)],
         )
         self._write_taken(connection)
+        if self.producers:
+            self._write_producers(connection)
         if self.marks_from is not None:
             connection.execute("DELETE FROM taken_block WHERE bucket < ?", (self.marks_from,))
             connection.execute("DELETE FROM mark_block WHERE bucket < ?", (self.marks_from,))
             PUT_SETTING.put(connection, [("marks_from", self.marks_from)])
+        if self.numbers_from is not None:
+            PUT_SETTING.put(connection, [("numbers_from", self.numbers_from)])
         heads = Heads(heads.marks + len(blocks), heads.journal, heads.journal_hash)
         if self.journal:
             self._write_journal(connection, heads)
@@ -462,6 +490,12 @@ class Rows:
         _PUT_VOID.put(connection, [_void(row) for row in self.voids.values()])
         for number in self.voids_gone:
             connection.execute("DELETE FROM void WHERE number = ?", (number,))
+
+    def _write_producers(self, connection: sqlite3.Connection) -> None:
+        kept = {name: row for name, row in self.producers.items() if row is not None}
+        _PUT_PRODUCER.put(connection, [_producer(row) for row in kept.values()])
+        for name in self.producers.keys() - kept.keys():
+            connection.execute("DELETE FROM producer WHERE source = ?", (name,))
 
     def _write_journal(self, connection: sqlite3.Connection, heads: Heads) -> None:
         rows: list[Row] = []
@@ -545,6 +579,19 @@ def _hold(row: Hold) -> Row:
         _number(row.quantity),
         row.created_at,
         row.expires_at,
+    )
+
+
+def _producer(row: ProducerRow) -> Row:
+    return (
+        row.source,
+        row.run,
+        _json(row.intervals),
+        row.since,
+        row.latest,
+        int(row.exact),
+        row.missing_since,
+        _number(row.given_up),
     )
 
 
@@ -636,6 +683,7 @@ def chained(before: bytes, fields: tuple[int, str, str, str, str]) -> bytes:
 # Rows to facts
 
 _pairs = msgspec.json.Decoder(tuple[tuple[str, str], ...])
+_intervals = msgspec.json.Decoder(tuple[tuple[int, int], ...])
 _history = msgspec.json.Decoder(tuple[tuple[int, str, str], ...])
 
 
@@ -705,6 +753,21 @@ def hold_of(row: Sequence[object]) -> Hold:
         _int(quantity),
         _int(created_at),
         _int(expires_at),
+    )
+
+
+def producer_of(row: Sequence[object]) -> ProducerRow:
+    """Read back a producer, in the order of `PRODUCER_COLUMNS`."""
+    source, run, intervals, since, latest, exact, missing_since, given_up = row
+    return ProducerRow(
+        str(source),
+        _int(run),
+        _intervals.decode(str(intervals)),
+        _int(since),
+        _int(latest),
+        bool(exact),
+        _int(missing_since),
+        _int(given_up),
     )
 
 

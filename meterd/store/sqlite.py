@@ -818,6 +818,10 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.voids = [schema.void_of(row) for row in rows]
     last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'void'").fetchone()
     state.void_next = 1 if last is None else last[0] + 1
+    rows = execute(f"SELECT {schema.PRODUCER_COLUMNS} FROM producer")  # noqa: S608
+    state.producers = [schema.producer_of(row) for row in rows]
+    limit = execute("SELECT value FROM setting WHERE name = 'numbers_from'").fetchone()
+    state.numbers_from = 0 if limit is None else limit[0]
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
     state.openings, state.opened = _openings(connection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -97,6 +98,23 @@ async def test_store_of_version_1_climbs_and_keeps_every_figure(old: Path) -> No
     assert [escrow.refund for escrow in state.escrows] == [False, False]
     assert state.escrows[0].settled == 1000
     assert (state.samples, state.voids, state.holds, state.void_next) == ([], [], [], 1)
+
+
+async def test_climbed_store_believes_no_numbers_of_what_it_counted_before(old: Path) -> None:
+    """Until five minutes from now, as far as a clock may be ahead; a new store believes all."""
+    with contextlib.closing(sqlite3.connect(old / "meterd.db", isolation_level=None)) as file:
+        file.execute("INSERT INTO mark_block VALUES (1, 5, 1, zeroblob(20))")
+    before = time.time_ns() // 1_000_000
+    store = SqliteStore.open(old, entries_max=100)
+    state = store.load()
+    await store.close()
+    fresh = SqliteStore.open(old.parent / "fresh", entries_max=100)
+    believing = fresh.load()
+    await fresh.close()
+
+    assert [] == state.producers
+    assert before - 1000 <= state.numbers_from - 300_000 <= time.time_ns() // 1_000_000
+    assert 0 == believing.numbers_from
 
 
 async def test_ledger_of_a_climbed_store_goes_on_counting(old: Path) -> None:

@@ -23,6 +23,7 @@ from meterd.core.changes import (
     DeadLetter,
     JournalEntry,
     MarkBlock,
+    ProducerRow,
     State,
 )
 from meterd.core.settlement import Escrow, EscrowStatus, Release, ReleaseStatus
@@ -375,6 +376,25 @@ def test_any_changes_leave_what_a_dict_would_hold(tmp_path_factory, changes, tog
     assert changes[-1].agreements == tuple(state.agreements)
     assert (positions, len(letters)) == (state.positions, state.dead_letters)
     assert used + 1 == state.dead_letter_next
+
+
+PRODUCER = ProducerRow("svc-é", 2, ((0, 7), (9, 10**18 - 1)), NOW, NOW + 5, False, NOW, 10**22)
+
+
+async def test_producers_come_back_as_they_were_last_written(tmp_path):
+    """Forgotten ones do not, in whatever commit they were forgotten."""
+    other = replace(PRODUCER, source="b", exact=True)
+    one, two = replace(PRODUCER, run=1), Change(producers=(PRODUCER, other))
+    state = await state_after(tmp_path / "1", BASE, Change(producers=(one,)), two)
+    assert [other, PRODUCER] == sorted(state.producers, key=lambda row: row.source)
+    assert 0 == state.numbers_from
+
+    gone = Change(producers_gone=("b", "nobody"), numbers_from=NOW)
+    state = await state_after(tmp_path / "2", two, gone)
+    assert ([PRODUCER], NOW) == (state.producers, state.numbers_from)
+
+    state = await state_after(tmp_path / "3", two, gone, two)
+    assert 2 == len(state.producers)
 
 
 async def test_identities_come_back_with_the_store(tmp_path):
