@@ -15,7 +15,7 @@ import heapq
 import itertools
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -206,6 +206,19 @@ class Facts(Protocol):
         """Something happened that a person must know."""
 
 
+class Watcher(Protocol):
+    """Who shows what happens while it happens: the live stream."""
+
+    def accrued(self, accounts: Iterable[Account]) -> None:
+        """Usage of these was counted, or taken back."""
+
+    def released(self, release: Release) -> None:
+        """A release is in a new state, and durable."""
+
+    def moved(self, escrow: Escrow) -> None:
+        """An escrow is in another state, or new."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """What became of some deliveries. Nobody may be told before `durable` is done."""
@@ -245,6 +258,7 @@ class Bookkeeper:
         self.positions = dict(positions)
         self.dead_letters = dead_letters
         self.pending = 0  # Deliveries that are applied and not yet durable.
+        self.watcher: Watcher | None = None  # None: nobody watches.
         self.due_changed = asyncio.Event()
         self._due: dict[str, None] = {}  # Escrows that want a visit, oldest first.
         # Escrows that a person wants settled, whatever the thresholds say, and what was owed then.
@@ -332,6 +346,8 @@ class Bookkeeper:
         durable = self._commit(change, received)
         # 5. Tell.
         self._facts.batch(source, entry, _by_meter(entry))
+        if self.watcher is not None:
+            self.watcher.accrued(touched.accounts)
         for account in touched.accounts:
             self._look(account, now)
         return Recorded(received, entry.accepted, entry.duplicates, entry.rejections, durable)
@@ -742,6 +758,7 @@ class Bookkeeper:
         entry = self._journal(actor, "agreement_bound", agreement.id, detail)
         await self._durable(replace(change, journal=(entry,)))
         for escrow in change.escrows:
+            self._moved(escrow)
             self.visit(escrow.id)
         return account
 
@@ -762,7 +779,13 @@ class Bookkeeper:
         escrows = self._close_escrows(account)
         entry = self._journal(actor, "agreement_closing", account.agreement.id, reason)
         await self._durable(replace(touched.change(), escrows=tuple(escrows), journal=(entry,)))
+        for escrow in escrows:
+            self._moved(escrow)
         self._visit_all(account)
+
+    def _moved(self, escrow: Escrow) -> None:
+        if self.watcher is not None:
+            self.watcher.moved(escrow)
 
     def _close_escrows(self, account: Account) -> list[Escrow]:
         """Mark what is left of an agreement's escrows as closing."""
@@ -882,6 +905,8 @@ class Bookkeeper:
         if change != Change():
             await self._durable(change)
         self._tell(escrow, effects)
+        if after.word != before.word:
+            self._moved(after)
         asked = self._asked.get(escrow)
         if asked is not None and after.total and not after.held and not after.payable(asked):
             del self._asked[escrow]  # All that was owed when it was asked for is paid.
@@ -952,6 +977,8 @@ class Bookkeeper:
                 release = effect.release
                 seconds = (self.clock.wall() - release.created_at) / 1000
                 self._facts.released(release, seconds)
+                if self.watcher is not None:
+                    self.watcher.released(release)
 
     def _alarm(self, escrow: str, alarm: Alarm) -> None:
         """Tell a person, with the command to type next."""
@@ -1075,6 +1102,8 @@ class Bookkeeper:
         ]
         change = touched.change()
         await self._durable(replace(change, escrows=tuple(escrows), journal=tuple(entries)))
+        if self.watcher is not None:
+            self.watcher.accrued(touched.accounts)
         for account in touched.accounts:
             self._look(account, self.clock.wall())
         for account in lapsed:

@@ -34,6 +34,7 @@ from meterd.api.problems import Problem
 from meterd.api.releases import Releases
 from meterd.api.settings import ApiSettings, ApiToken, Scope
 from meterd.api.status import Status
+from meterd.api.stream import Stream
 from meterd.api.wire import Call
 from meterd.bookkeeper import Bookkeeper
 
@@ -86,7 +87,9 @@ def build(
         ],
         client_max_size=settings.body_limit,
     )
-    for call in _calls(parts):
+    stream = Stream(parts)
+    app.on_shutdown.append(stream.close)
+    for call in _calls(parts, stream):
         scopes[app.router.add_route(call.method, call.path, call.answer)] = call.scope
     return app
 
@@ -106,7 +109,7 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
     )
 
 
-def _calls(parts: Parts) -> list[Call]:
+def _calls(parts: Parts, stream: Stream) -> list[Call]:
     rooms = (
         Events,
         Otlp,
@@ -123,6 +126,7 @@ def _calls(parts: Parts) -> list[Call]:
         Health,
     )
     calls = [*pages.calls(), *(call for room in rooms for call in room(parts).calls())]
+    calls += stream.calls()
     return [*calls, openapi.call_for(calls)]
 
 
@@ -136,7 +140,10 @@ def _observed(instruments: Instruments) -> Middleware:
         resource = request.match_info.route.resource
         route = UNKNOWN_ROUTE if resource is None else resource.canonical
         method = request.method if request.method in METHODS else "other"
-        instruments.http(route, method, response.status, time.perf_counter() - began)
+        # How long somebody listens is not how long an answer takes.
+        streams = response.content_type == openapi.EVENTS
+        seconds = 0.0 if streams else time.perf_counter() - began
+        instruments.http(route, method, response.status, seconds)
         return response
 
     return observed

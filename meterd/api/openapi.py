@@ -22,6 +22,7 @@ from meterd.core.settlement import ReleaseStatus
 
 PATH = "/openapi.json"
 JSON = "application/json"
+EVENTS = "text/event-stream"
 Schema = Mapping[str, Any]
 
 # -- Shapes ----------------------------------------------------------------------------------------
@@ -221,6 +222,11 @@ SCHEMAS: Mapping[str, Schema] = {
         dead_letters=WHOLE,
     ),
     "Copy": _object(path=TEXT, bytes=WHOLE),
+    # One event of the stream; `data` is a JSON object.
+    "StreamEvent": {
+        "type": "object",
+        "properties": {"id": TEXT, "event": TEXT, "data": TEXT},
+    },
     "Alive": _object(status={"const": "ok"}),
     "Ready": _object(status={"const": "ready"}, degraded=TEXT),
     "Binding": _body(
@@ -477,6 +483,14 @@ CALLS: Mapping[str, Described] = {
         body="Question",
         example={"plan": "stream", "usage": [{"meter": "tokens", "quantity": 1500}]},
     ),
+    "GET /v1/stream": Described(
+        "Server-sent events: accruals, releases and changes of state, until the client hangs up.",
+        {200: EVENTS},
+        query={
+            "agreement": ID,
+            "seconds": {"type": "integer", "minimum": 0, "maximum": 86_400},
+        },
+    ),
     "POST /v1/backup": Described(
         "Write a copy of the store into a new file of this machine.",
         {201: _ref("Copy")},
@@ -608,7 +622,8 @@ def _answer(what: Schema | str) -> dict[str, Any]:
     if what == problems.CONTENT_TYPE:
         return _problem("This daemon cannot; `detail` says what is missing.")
     if isinstance(what, str):
-        return {"description": "As asked.", "content": {what: {"schema": TEXT}}}
+        schema = _ref("StreamEvent") if what == EVENTS else TEXT
+        return {"description": "As asked.", "content": {what: {"schema": schema}}}
     return {"description": "As asked.", "content": {JSON: {"schema": what}}}
 
 

@@ -221,7 +221,7 @@ class _Feed:
 
     def part(self, data: Any) -> Part | Why | None:
         """What the data say to this meter; None: nothing."""
-        quantity: int | str = 1
+        quantity: int | str = 1  # Without a value events are counted; the configuration sees to it.
         value = ""
         if self._value is not None:
             found = self._value.find(data)
@@ -237,8 +237,6 @@ class _Feed:
                 value = str(said)
             else:
                 quantity = said
-        elif self.meter.aggregation is not Aggregation.COUNT:
-            return None
         dimensions: dict[str, str] = {}
         for name, path in self._dimensions:
             found = path.find(data)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from meterd import config
+from meterd.otlp.reading import Encoding
+from tests import otlp
 from tests.fuzz.targets import CUT, KEY, STATUSES
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "config"
@@ -162,6 +164,28 @@ def _bodies() -> Iterator[bytes]:
     yield b"\0%s\n{\n" % good
 
 
+def _spans() -> Iterator[bytes]:
+    odd = {**otlp.CALL, "gen_ai.usage.input_tokens": "12.5", "meterd.agreement": ["a"]}
+    values = (0, 12.0, 12.5, float("nan"), True, None, "", -1, 2**63 - 1)
+    calls = [
+        otlp.CALL,
+        odd,
+        {},
+        *({**otlp.CALL, "gen_ai.usage.input_tokens": value} for value in values),
+        *({**otlp.CALL, "gen_ai.operation.name": name} for name in ("invoke_agent", "x", "")),
+    ]
+    for call in calls:
+        for flags, message in (
+            (0, otlp.traces(otlp.span(call), otlp.span({}, trace="", span_id=""))),
+            (1, otlp.logs(otlp.record(call), otlp.record(call, name="", at_ns=0))),
+        ):
+            yield bytes([flags]) + otlp.written(message, Encoding.PROTOBUF)
+            yield bytes([flags | 2]) + otlp.written(message, Encoding.JSON)
+    for document in NO_DOCUMENT:
+        for flags in range(4):
+            yield bytes([flags]) + document
+
+
 def _configuration() -> Iterator[bytes]:
     yield config.example().encode()
     for path in sorted(CONFIGURATIONS.rglob("*.toml")):
@@ -235,6 +259,7 @@ _SEEDS: Mapping[str, Callable[[], Iterator[bytes]]] = {
     "redis": _redis,
     "topics": _topics,
     "bodies": _bodies,
+    "spans": _spans,
     "configuration": _configuration,
     "answers": _answers,
     "requests": _requests,

@@ -34,6 +34,8 @@ from meterd.core.settlement import (
 )
 from meterd.errors import ConfigurationError
 from meterd.escrow import documents, outcomes
+from meterd.otlp import genai, reading
+from meterd.otlp.reading import Encoding, Signal
 from meterd.sandbox import wire
 from meterd.sandbox.ledger import AMOUNT_MAX, Deadline
 from meterd.sources import mqtt, redis_streams
@@ -116,7 +118,7 @@ def redis(data: bytes) -> None:
 
 def _same_fields(fields: Sequence[bytes], said: Mapping[str, msgspec.Raw]) -> None:
     for name, value in zip(fields[::2], fields[1::2], strict=True):
-        if name.decode() in said and name != b"dimensions":
+        if name.decode() in said and name not in {b"dimensions", b"data"}:
             assert msgspec.json.decode(said[name.decode()], type=str) == value.decode()
 
 
@@ -129,6 +131,7 @@ class Arrival:
     retain: bool
     packet_id: int | None
     user_properties: Sequence[tuple[str, str]]
+    content_type: str | None = None
 
 
 def topics(data: bytes) -> None:
@@ -169,6 +172,36 @@ def bodies(data: bytes) -> None:
     assert parts or not data[1:].strip(posted.BLANKS)
     assert all(part in data for part in parts), "an event was written anew"
     events(CUT.join(parts))
+
+
+def spans(data: bytes) -> None:
+    """A request of an exporter: refused whole, or usage and nothing, and each count is exact."""
+    flags, body = (data[:1] or b"\0")[0], data[1:]
+    signal = Signal.LOGS if flags & 1 else Signal.TRACES
+    encoding = Encoding.JSON if flags & 2 else Encoding.PROTOBUF
+    try:
+        items = reading.read(signal, encoding, body, wanted=genai.WANTED, items_max=1000)
+    except (reading.BadRequest, reading.TooManyItems) as error:
+        _fit_to_show(str(error))
+        return
+    documents = []
+    for item in items:
+        assert set(item.attributes) | set(item.resource) <= genai.WANTED
+        usage = genai.usage_of(item)
+        if isinstance(usage, genai.Ignored):
+            continue
+        documents.append(usage.document)
+        said = msgspec.json.decode(usage.document)
+        assert said["type"] == genai.TYPE
+        if usage.fault is not None:
+            _fit_to_show(usage.fault.detail)
+            continue
+        assert said["id"] == f"{item.trace_id}-{item.span_id}"
+        counts = [said["data"][name] for name in genai.TOKENS if name in said["data"]]
+        assert counts
+        assert all(type(count) is int and count >= 0 for count in counts)
+    if documents:
+        events(CUT.join(documents))
 
 
 # -- Configuration ---------------------------------------------------------------------------------
@@ -301,5 +334,5 @@ def requests(data: bytes) -> None:
 
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (events, redis, topics, bodies, configuration, answers, requests)
+    for target in (events, redis, topics, bodies, spans, configuration, answers, requests)
 }

@@ -35,6 +35,8 @@ CASES = 300
 SOAK_CASES = int(os.environ.get("METERD_API_CASES", "10000"))
 # It writes wherever it is told to; its refusals are tests of its own.
 NOT_FIRED_AT = {"/v1/backup"}
+# It does not end by itself.
+ENDING = {"/v1/stream": {"seconds": "0"}}
 SEED = int(os.environ.get("METERD_SEED", "20261124"))
 
 
@@ -83,6 +85,7 @@ def _fire_at(operation, mode, cases, answers):
     )
     @given(operation.as_strategy(generation_mode=mode))
     def one(case):
+        case.query = {**(case.query or {}), **ENDING.get(operation.path, {})}
         response = case.call()
         answers[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)

@@ -41,6 +41,7 @@ CALLS = (
     ("GET", "/v1/journal", Scope.ADMIN),
     ("GET", "/v1/plans", Scope.READ),
     ("GET", "/v1/status", Scope.READ),
+    ("GET", "/v1/stream?seconds=0", Scope.READ),
     ("POST", "/mcp", Scope.READ),
     ("GET", "/healthz", None),
     ("GET", "/readyz", None),
