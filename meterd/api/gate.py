@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from meterd.api import subrequest
 from meterd.api.idempotency import hold_id_of, read_key, used_otherwise
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
@@ -68,6 +69,7 @@ class Gate:
         """List the calls of this room."""
         return [
             Call("POST", "/v1/authorize", Scope.GATE, self._authorize),
+            Call("GET", "/v1/authorize", Scope.GATE, self._authorize_for_a_proxy),
             Call("GET", "/v1/holds", Scope.READ, self._list),
             Call("POST", "/v1/holds/{id}/capture", Scope.GATE, self._capture),
             Call("POST", "/v1/holds/{id}/void", Scope.GATE, self._void),
@@ -85,6 +87,17 @@ class Gate:
             hold_id = None if key is None else hold_id_of(request, key)
             verdict, hold = await self._set_aside(account, ask, asked.hold * 1000, hold_id)
         return json_answer(_answer(verdict, hold), 200 if verdict.allowed else 402)
+
+    async def _authorize_for_a_proxy(self, request: web.Request) -> web.Response:
+        """Answer as proxies understand it; nothing is set aside."""
+        asked = Asked(**subrequest.question(request))
+        if not asked.agreement:
+            return subrequest.refusal(subrequest.NO_AGREEMENT)
+        account = self._bookkeeper.ledger.account(asked.agreement)
+        if account is None:
+            return subrequest.refusal(subrequest.UNKNOWN_AGREEMENT)
+        verdict, _ = await self._bookkeeper.authorize(account, _ask(asked))
+        return subrequest.verdict(_answer(verdict, None))
 
     async def _set_aside(
         self, account: Account, ask: Ask, hold_ms: int, hold_id: str | None

@@ -417,6 +417,12 @@ CALLS: Mapping[str, Described] = {
         body="Ask",
         example={"agreement": "customer-1", "meter": "tokens", "quantity": 1500, "hold": 60},
     ),
+    "GET /v1/authorize": Described(
+        "The same question as proxies ask it, by the query or by X-Meterd-* headers: 200, or 403"
+        " with the reason in X-Meterd-Reason.",
+        {200: _ref("Verdict"), 403: _ref("Verdict")},
+        query={"agreement": TEXT, "meter": TEXT, "quantity": _QUANTITY},
+    ),
     "GET /v1/holds": Described("List live holds.", {200: _page("Hold")}, query=PAGE),
     "POST /v1/holds/{id}/capture": Described(
         "Turn a hold into usage: what was really used.",

@@ -17,6 +17,7 @@ CALLS = (
     ("POST", "/v1/backup", Scope.ADMIN),
     ("POST", "/v1/authorize", Scope.GATE),
     ("GET", "/v1/holds", Scope.READ),
+    ("GET", "/v1/authorize", Scope.GATE),
     ("POST", "/v1/holds/hold_1/capture", Scope.GATE),
     ("POST", "/v1/holds/hold_1/void", Scope.GATE),
     ("POST", "/v1/quote", Scope.READ),
