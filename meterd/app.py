@@ -47,7 +47,15 @@ from meterd.listening import Certificate, CertificateFiles, leave, listen_on
 from meterd.logs import get_logger
 from meterd.metrics import Metrics, Reads
 from meterd.opener import Opener, Terms
-from meterd.parts import agreements_of, discoveries_of, meters_of, plans_of, rules_of
+from meterd.parts import (
+    agreements_of,
+    discoveries_of,
+    meters_of,
+    plans_of,
+    producers_of,
+    rules_of,
+)
+from meterd.receipts import KEY_NAME, Notary, key_in
 from meterd.settler import Pace, Settler
 from meterd.sources import Source
 from meterd.store.restore import Restored, restore
@@ -361,6 +369,8 @@ async def _open_books(
     await bookkeeper.start()
     await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.
     await _bind(bookkeeper, settings)
+        sequences=Sequences(state.producers, state.numbers_from),
+        producers=producers_of(settings),
     return bookkeeper
 
 
@@ -527,6 +537,7 @@ class Daemon:
                 )
 
     # -- Edges of the process
+            self._bookkeeper.producers = producers_of(fresh)
     # ----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager

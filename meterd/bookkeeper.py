@@ -73,6 +73,7 @@ from meterd.core.settlement import (
 from meterd.core.thresholds import due, next_look
 from meterd.errors import InvariantBroken, NotFound, Refused
 from meterd.logs import get_logger
+from meterd.producers import Producer, Producers, kept, taken_out
 from meterd.signatures import outcome_flaw
 from meterd.sources import Deliveries
 
@@ -250,8 +251,10 @@ class Bookkeeper:
         holds: Sequence[Hold] = (),
         voids: Sequence[VoidRow] = (),
         void_next: int = 1,
+        producers: Producers | None = None,
     ) -> None:
         self.ledger = ledger
+        self.producers = producers or Producers()  # Another one after a reload.
         self.store = store
         self.rules = rules
         self.clock = clock
@@ -291,14 +294,18 @@ class Bookkeeper:
         """
         now = self.clock.wall()
         # 1. Read.
+        senders = self._senders(source, deliveries, now, replaces) if self.producers else None
         decoded = self._decoder.decode(deliveries.payloads)
         if deliveries.fields is not None or deliveries.faults:
             decoded = [
-                _with_address(index, event, deliveries) for index, event in enumerate(decoded)
+                _with_address(index, event, deliveries, fills=not _signs(senders, index))
+                for index, event in enumerate(decoded)
             ]
         # 2. Find counters and identities.
         oldest = 0 if replaces is not None else self._oldest(now)
         resolved = self.ledger.resolve(decoded, deliveries.ids, source, oldest, now)
+        if senders is not None:
+            _refuse_foreign(resolved, senders)
         digest, fingerprint = self._identities.digest, self._identities.fingerprint
         digests = [digest(event.source, event.id) for event in resolved.events]
         prints = [fingerprint(content) for content in contents(resolved.events)]
@@ -325,7 +332,7 @@ class Bookkeeper:
         if entry.accepted + entry.duplicates + len(entry.rejections) != received:
             raise InvariantBroken(f"{received} deliveries came, and not each has one verdict")
         # 4. Hand over to the store.
-        letters = self._letters(source, deliveries, entry.rejections, now, replaces)
+        letters = self._letters(source, deliveries, entry.rejections, now, replaces, senders)
         gone = (replaces.number,) if replaces is not None and not letters else ()
         self.dead_letters += 0 if replaces is not None else len(letters)
         self.dead_letters -= len(gone)
@@ -439,6 +446,7 @@ class Bookkeeper:
         rejections: Sequence[Rejection],
         now: int,
         replaces: DeadLetter | None,
+        senders: Sequence[Producer | None] | None,
     ) -> list[DeadLetter]:
         letters = []
         for rejection in rejections:
@@ -448,7 +456,9 @@ class Bookkeeper:
                 self._dead_letter_next += 1
             else:
                 number = replaces.number
-            fields = deliveries.fields[index] if deliveries.fields is not None else {}
+            fields = dict(deliveries.fields[index]) if deliveries.fields is not None else {}
+            if senders is not None:
+                fields |= kept(senders[index], deliveries.proofs.get(index))
             letters.append(
                 DeadLetter(
                     number=number,
@@ -464,6 +474,13 @@ class Bookkeeper:
                 )
             )
         return letters
+
+    def _senders(
+        self, source: str, deliveries: Deliveries, now: int, replaces: DeadLetter | None
+    ) -> list[Producer | None]:
+        """Tell who sent each delivery; what waited at a broker may be as old as the memory."""
+        age_max = self._window_ms if replaces is None else None
+        return self.producers.senders(source, deliveries, now, age_max)
 
     # -- Holds --------------------------------------------------------------------------------
 
@@ -510,10 +527,10 @@ class Bookkeeper:
             if escrow.refillable and old:
                 self.visit(escrow.id)
 
-    def capture(self, hold: Hold, quantity: str) -> Recorded:
+    def capture(self, hold: Hold, quantity: str, producer: str = "") -> Recorded:
         """Record what a hold's work really used, as a usage event with the hold's id.
 
-        Captured again with the same quantity it is a duplicate.
+        Captured again with the same quantity it is a duplicate. `producer`: who says so, if known.
         """
         event = {
             "id": hold.id,
@@ -540,7 +557,8 @@ class Bookkeeper:
             "dimensions": dict(hold.dimensions),
             "hold": hold.id,
         }
-        return self.record(HOLD_SOURCE, Deliveries(payloads=[msgspec.json.encode(event)]))
+        payloads = [msgspec.json.encode(event)]
+        return self.record(HOLD_SOURCE, Deliveries(payloads, producer=producer))
 
     def was_captured(self, hold_id: str) -> bool:
         """Whether usage was recorded for this hold, so that a repeated capture can be answered."""
@@ -594,7 +612,7 @@ class Bookkeeper:
         found: dict[int, bytes] = {}
         earlier: set[bytes] = set()
         for place, event in enumerate(resolved.events):
-            if event.type == VOID_TYPE:
+            if event.type == VOID_TYPE and resolved.indices[place] not in resolved.refused:
                 target = self._identities.digest(event.source, event.voids)
                 mark = self._identities.digest(f"{event.source}{_VOIDED}", event.voids)
                 there, gone = self._identities.find(target + mark)
@@ -716,10 +734,13 @@ class Bookkeeper:
         Raises `NotFound`.
         """
         async with self._letter(number) as letter:
+            fields, producer, proof = taken_out(dict(letter.fields))
             deliveries = Deliveries(
                 payloads=[letter.payload],
                 ids=[letter.transport_id] if letter.transport_id else None,
-                fields=[dict(letter.fields)] if letter.fields else None,
+                fields=[fields] if fields else None,
+                proofs={} if proof is None else {0: proof},
+                producer=producer,
             )
             recorded = self.record(letter.source, deliveries, replaces=letter)
             await asyncio.shield(recorded.durable)
@@ -1138,8 +1159,32 @@ def _is_loss(effect: Effect) -> bool:
     return isinstance(effect, Alarm) and effect.action == "uncollectible"
 
 
-def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded:
-    """Bring in what the transport says of a delivery: its address, or that it is bad."""
+def _signs(senders: Sequence[Producer | None] | None, index: int) -> bool:
+    """Whether a delivery's sender has signed it, and not its address."""
+    sender = None if senders is None else senders[index]
+    return sender is not None and bool(sender.keys)
+
+
+def _refuse_foreign(resolved: ResolvedBatch, senders: Sequence[Producer | None]) -> None:
+    """Refuse usage of agreements that are not its sender's to tell."""
+    known: dict[tuple[str, str], bool] = {}
+    for index, event in zip(resolved.indices, resolved.events, strict=True):
+        sender = senders[index]
+        if sender is None or not sender.agreements:
+            continue
+        key = sender.name, event.agreement
+        if key not in known:
+            known[key] = sender.may_send_for(event.agreement)
+        if not known[key]:
+            detail = f"{sender.name} may not send usage of {event.agreement}: see its agreements"
+            resolved.refused[index] = Reason.NOT_ALLOWED, detail
+
+
+def _with_address(index: int, event: Decoded, deliveries: Deliveries, *, fills: bool) -> Decoded:
+    """Bring in what the transport says of a delivery: its address, or that it is bad.
+
+    An address fills nothing in where the payload is signed: it is not, and could be another's.
+    """
     fault = deliveries.faults.get(index)
     if fault is not None:
         event_id = event.id if event.id.isprintable() else ""
@@ -1151,7 +1196,7 @@ def _with_address(index: int, event: Decoded, deliveries: Deliveries) -> Decoded
         if said and said != value:
             detail = f"the address says {name} = {value[:80]}, the payload another"
             return Rejection(index, event.id[:200], Reason.MISMATCH, detail)
-        if not said:
+        if not said and fills:
             setattr(event, name, value)
     return event
 

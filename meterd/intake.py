@@ -20,6 +20,7 @@ from meterd.bookkeeper import Bookkeeper, Recorded
 from meterd.core.changes import Hold
 from meterd.errors import SourceUnavailable, Unavailable
 from meterd.logs import get_logger
+from meterd.producers import CALLER
 from meterd.sources import Deliveries, Source
 
 log = get_logger(__name__)
@@ -69,12 +70,14 @@ class Intake:
         they are duplicates then.
         """
         self._admit()
+        deliveries.producer = deliveries.producer or CALLER.get()
         return await self._durable(self._bookkeeper.record(source, deliveries))
 
     async def capture(self, hold: Hold, quantity: str) -> Recorded:
         """Record what a hold's work really used. Raises `Unavailable`, as `submit` does."""
         self._admit()
-        return await self._durable(self._bookkeeper.capture(hold, quantity))
+        recorded = self._bookkeeper.capture(hold, quantity, CALLER.get())
+        return await self._durable(recorded)
 
     def _admit(self) -> None:
         """Let deliveries in that somebody waits for, or raise `Unavailable`."""

@@ -16,6 +16,7 @@ from meterd.config import (
     Settings,
     WalletSettings,
 )
+from meterd.config.values import webhook_key
 from meterd.core.accounts import Agreement
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import MICROS, PICOS
@@ -30,6 +31,7 @@ from meterd.core.pricing import (
     Tier,
 )
 from meterd.core.settlement import Rules
+from meterd.producers import Producer, Producers
 
 PICOS_PER_MICRO = PICOS // MICROS
 
@@ -62,6 +64,21 @@ def agreements_of(settings: Settings) -> list[Agreement]:
 def discoveries_of(settings: Settings) -> list[tuple[str, str]]:
     """Make (memo, plan) of the configuration, in its order; the memo is a shell-style pattern."""
     return [_discovery(entry) for entry in settings.discover]
+
+
+def producers_of(settings: Settings) -> Producers:
+    """Make the producers of the configuration."""
+    made = (
+        Producer(
+            name=entry.name,
+            token=entry.token,
+            sources=entry.sources,
+            keys=tuple(webhook_key(secret) for secret in entry.secrets),
+            agreements=entry.agreements,
+        )
+        for entry in settings.producers
+    )
+    return Producers(made, required=settings.ingest.require_producer)
 
 
 def rules_of(settings: Settings) -> Rules:

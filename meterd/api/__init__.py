@@ -2,7 +2,7 @@
 
 `build` puts the rooms together. On its way to a room a request passes, in this order: the clock of
 the metrics, the form in which errors are answered, the look at what is sent (no compressed bodies),
-and the guard of the door.
+the guard of the door, and the producer that it comes from.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from meterd.api.parts import Instruments, IntakeView, OpenerView, Parts, Settler
 from meterd.api.plans import Plans
 from meterd.api.problems import Problem
 from meterd.api.releases import Releases
+from meterd.api.senders import Senders
 from meterd.api.settings import ApiSettings, ApiToken, Scope
 from meterd.api.status import Status
 from meterd.api.stream import Stream
@@ -84,6 +85,7 @@ def build(
             ),
             _plain_bodies,
             Guard(settings.tokens, scopes).middleware(),
+            Senders(bookkeeper, scopes).middleware(),
         ],
         client_max_size=settings.body_limit,
     )

@@ -1,4 +1,4 @@
-"""`POST /v1/events`: the source whose answer is its ack.
+"""`POST /v1/events` and OpenMeter's `POST /api/v1/events`: sources whose answer is their ack.
 
 The rule kept here: 200 is said only after the commit, and a body is either refused whole, with
 nothing accrued, or taken event by event. Events are cut out of the body as the bytes that came,
@@ -8,22 +8,26 @@ never written anew: their reading is the core's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
 from meterd.api.wire import Call, json_answer, printable
 from meterd.bookkeeper import Recorded
+from meterd.core.envelopes import assemble
 from meterd.core.events import EVENT_BYTES_MAX, Reason
 from meterd.core.flaws import json_flaw
 from meterd.sources import Deliveries, Fault
 
 SOURCE = "http"
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
-NOT_YET = frozenset({"application/cloudevents+json", "application/cloudevents-batch+json"})
+CLOUDEVENT, CLOUDEVENTS = "application/cloudevents+json", "application/cloudevents-batch+json"
+BINARY = "ce-"  # The headers of a CloudEvent in binary mode begin so.
+REJECTED_SHOWN = 10  # In an answer that is a sentence.
 BLANKS = b" \t\r\n"
 EXAMPLE = '{"id": "req-1", "escrow_id": "esc_1", "meter": "tokens", "quantity": 12}'
 
@@ -41,18 +45,70 @@ class Events:
 
     def calls(self) -> list[Call]:
         """List the calls of this room."""
-        return [Call("POST", "/v1/events", Scope.INGEST, self._post)]
+        return [
+            Call("POST", "/v1/events", Scope.INGEST, self._post),
+            Call("POST", "/api/v1/events", Scope.INGEST, self._post_openmeter),
+        ]
 
     async def _post(self, request: web.Request) -> web.Response:
-        if request.content_type in NOT_YET or "ce-specversion" in request.headers:
-            detail = f"CloudEvents are not available in this version; send {EXAMPLE}"
-            raise Problem(415, "media-type", detail)
-        payloads = split(await request.read(), ndjson=request.content_type in NDJSON)
+        return json_answer(results(await self._record(request)))
+
+    async def _post_openmeter(self, request: web.Request) -> web.Response:
+        """Take what OpenMeter's clients send: CloudEvents, answered without a body.
+
+        Where nothing was taken, that is said as OpenMeter says it; a part that was rejected is
+        among the dead letters all the same, so a client has nothing to send again.
+        """
+        recorded = await self._record(request)
+        if recorded.rejections and not recorded.accepted and not recorded.duplicates:
+            said = [f"{one.reason.value}: {one.detail}" for one in recorded.rejections]
+            detail = "; ".join(said[:REJECTED_SHOWN])
+            raise Problem(400, "rejected", f"kept as dead letters: {detail}")
+        return web.Response(status=204, headers={"Meterd-Rejected": str(len(recorded.rejections))})
+
+    async def _record(self, request: web.Request) -> Recorded:
+        payloads = payloads_of(request, await request.read())
         if len(payloads) > self._events_max:
             detail = f"{len(payloads)} events; send at most {self._events_max} at once"
             raise Problem(413, "too-many-events", detail)
-        recorded = await self._intake.submit(SOURCE, deliveries_of(payloads))
-        return json_answer(results(recorded))
+        return await self._intake.submit(SOURCE, deliveries_of(payloads))
+
+
+def payloads_of(request: web.Request, body: bytes) -> list[bytes]:
+    """Cut a body into its events, whatever its content type; a binary CloudEvent is put together.
+
+    Raises `Problem`.
+    """
+    kind = request.content_type
+    if any(name.lower().startswith(BINARY) for name in request.headers):
+        return [_binary(request, body)]
+    if kind == CLOUDEVENTS and not body.lstrip(BLANKS).startswith(b"["):
+        raise Problem(400, "not-a-list", f"{CLOUDEVENTS} is a list of CloudEvents")
+    if kind == CLOUDEVENT and not body.lstrip(BLANKS).startswith(b"{"):
+        raise Problem(400, "not-an-object", f"{CLOUDEVENT} is one CloudEvent")
+    return split(body, ndjson=kind in NDJSON)
+
+
+def _binary(request: web.Request, body: bytes) -> bytes:
+    """Put a CloudEvent in binary mode together: its attributes are headers, the body its data."""
+    attributes = [
+        (name.lower().removeprefix(BINARY), value)
+        for name, value in request.headers.items()
+        if name.lower().startswith(BINARY)
+    ]
+    try:
+        decoded = [(name, _unquoted(name, value)) for name, value in attributes]
+        return assemble(decoded, request.headers.get(hdrs.CONTENT_TYPE, ""), body)
+    except ValueError as error:
+        raise Problem(400, "not-an-event", str(error)) from None
+
+
+def _unquoted(name: str, value: str) -> str:
+    """Read a header's percent-encoding. Raises `ValueError`."""
+    try:
+        return unquote(value, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(f"ce-{name[:80]}: its percent-encoding is no UTF-8") from None
 
 
 def split(body: bytes, *, ndjson: bool) -> list[bytes]:

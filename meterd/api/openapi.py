@@ -39,6 +39,7 @@ AMOUNT: Schema = {"type": "string", "pattern": r"^-?[0-9]+(\.[0-9]+)?$", "exampl
 AMOUNT_OR_NONE: Schema = {**AMOUNT, "type": ["string", "null"]}
 TIME: Schema = {"type": ["string", "null"], "examples": ["2026-11-23T12:00:00.000Z"]}
 ID: Schema = {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,128}$"}
+HEX: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 NUMBER: Schema = {"type": "string", "pattern": "^[0-9]{1,18}$"}
 REASON: Schema = {
     "type": "string",
@@ -110,6 +111,21 @@ SCHEMAS: Mapping[str, Schema] = {
             "dimensions": TEXTS,
         },
     },
+    "CloudEvent": {
+        "type": "object",
+        "required": ["specversion", "type", "source", "id", "subject"],
+        "properties": {
+            "specversion": {"const": "1.0"},
+            "type": {**TEXT, "minLength": 1},
+            "source": {**TEXT, "minLength": 1, "maxLength": 256},
+            "id": {**TEXT, "minLength": 1, "maxLength": 256},
+            "subject": {**TEXT, "description": "The id of the agreement, or of its escrow."},
+            "time": {**TEXT, "format": "date-time"},
+            "sequence": TEXT,
+            "datacontenttype": TEXT,
+            "data": {},
+        },
+    },
     "Recorded": _object(
         accepted=WHOLE,
         duplicates=WHOLE,
@@ -170,6 +186,25 @@ SCHEMAS: Mapping[str, Schema] = {
         why=TEXT,
         created_at=TIME,
         history=_list(_object(at=TIME, status=TEXT, detail=TEXT)),
+    ),
+    "Receipt": _object(
+        number=WHOLE,
+        at=TIME,
+        statement=_object(
+            form=WHOLE,
+            kind={"type": "string", "enum": ["release", "late", "close"]},
+            agreement=TEXT,
+            number=WHOLE,
+            previous=HEX,
+            key=HEX,
+            at=WHOLE,
+            release={"type": ["object", "null"]},
+            usage=_list({"type": "object"}),
+            accrued=AMOUNT,
+            released=AMOUNT,
+        ),
+        hash=HEX,
+        signature=TEXT,
     ),
     "Usage": _object(
         meter=TEXT,
@@ -385,6 +420,19 @@ CALLS: Mapping[str, Described] = {
         body="Event",
         example=EVENT_EXAMPLE,
     ),
+    "POST /api/v1/events": Described(
+        "The ingest call of OpenMeter: a CloudEvent or a list of them, whose type selects meters.",
+        {204: ""},
+        body="CloudEvent",
+        example={
+            "specversion": "1.0",
+            "type": "completion",
+            "source": "svc-a",
+            "id": "req-1",
+            "subject": "customer-1",
+            "data": {"model": "m-large", "usage": {"total_tokens": 1532}},
+        },
+    ),
     "POST /v1/traces": Described(
         "OTLP: spans of an OpenTelemetry exporter; those that say what a model used are counted.",
         {200: _ref("Exported")},
@@ -439,6 +487,15 @@ CALLS: Mapping[str, Described] = {
         "List its releases, newest first.",
         {200: _page("Release")},
         query={**PAGE, "status": ID},
+    ),
+    f"GET {AGREEMENT}/receipts": Described(
+        "List its receipts, oldest first: the order of their chain.",
+        {200: _page("Receipt")},
+        query=NUMBERED,
+    ),
+    "GET /v1/receipts/key": Described(
+        "The public key that receipts are signed with.",
+        {200: _object(algorithm={"const": "Ed25519"}, key=HEX)},
     ),
     f"PUT {AGREEMENT}": Described(
         "Bind an escrow to a plan; the same again changes nothing.",

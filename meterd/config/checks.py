@@ -19,6 +19,7 @@ from meterd.config.settings import (
     HttpSettings,
     MeterSettings,
     MqttSourceSettings,
+    ProducerSettings,
     RedisSourceSettings,
     WalletSettings,
 )
@@ -61,6 +62,10 @@ SAME_ESCROW = (
 OWN_METER = "is a name of meterd's own; write one that does not begin with meterd."
 OWN_RATE = "is counted and priced by meterd itself; remove the rate, or name a meter of [meters]"
 OWN_TYPE = "is a type of meterd's own, which feeds no meter; write the type of your events"
+NO_VALUE = (
+    'is required: {aggregation} needs a value of each event of type "{event_type}"; write where it'
+    ' stands, such as value = "$.usage.total_tokens"'
+)
 NEVER_FED = (
     'is "", so no event feeds the meter by {keys}; write event_type = "completion", or remove'
     " {keys}"
@@ -102,6 +107,20 @@ AUTO_UNKNOWN = (
     '"auto" leaves the fee to the service, and escrow.on_deadline = "unknown"; write "provider"'
     " there if the service pays the provider"
 )
+SAME_PRODUCER = 'producers[{first}] is named "{name}" too; write another name'
+ONE_COMES_WITH = (
+    "is the token of producers[{first}] too, so nobody could tell them apart; write another"
+)
+ONE_SIGNS_WITH = "is a key of producers[{first}] too; make one of its own"
+COMES_WITH_NOTHING = 'there is no token "{token}" in http.tokens; {nearest}'
+MAY_NOT_SEND = (
+    'the token "{token}" may not send usage; give it the scope ingest in http.tokens'
+)
+NO_SUCH_SOURCE = 'there is no source "{source}" in [[sources]]; {nearest}'
+SHARED_SOURCE = (
+    'producers[{first}] sends over "{source}" too, so both need a key to be told apart; write'
+    " secret_file for each, or a source of its own"
+)
 SAME_ID = 'agreements[{first}] has the id "{id}" too; write another id'
 ID_IS_ESCROW = '"{id}" is the escrow of agreements[{owner}]; write another id'
 TOO_CLOSE_TO_DEADLINE = (
@@ -121,6 +140,8 @@ class Good:
     wallet: WalletSettings | None = None
     meters: Mapping[str, MeterSettings] = field(default_factory=dict)
     sources: Mapping[int, Source] = field(default_factory=dict)
+    source_names: frozenset[str] = frozenset()
+    producers: Mapping[int, ProducerSettings] = field(default_factory=dict)
     plans: Mapping[str, PlanSettings] = field(default_factory=dict)
     agreements: Mapping[int, AgreementSettings] = field(default_factory=dict)
     discover: Mapping[int, DiscoverSettings] = field(default_factory=dict)
@@ -252,6 +273,52 @@ def _sources_differ(good: Good) -> Found:
             )
 
 
+def _producers_differ(good: Good) -> Found:
+    """No name, no token and no key may mean two producers."""
+    names: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    keys: dict[str, int] = {}
+    for index, producer in good.producers.items():
+        place: Place = ("producers", index)
+        if (first := names.setdefault(producer.name, index)) != index:
+            yield (*place, "name"), SAME_PRODUCER.format(first=first, name=producer.name)
+        if producer.token and (first := tokens.setdefault(producer.token, index)) != index:
+            yield (*place, "token"), ONE_COMES_WITH.format(first=first)
+        for key in ("secret", "old_secret"):
+            given = getattr(producer, key)
+            if given and (first := keys.setdefault(given.reveal(), index)) != index:
+                yield (*place, key), ONE_SIGNS_WITH.format(first=first)
+
+
+def _producers_can_send(good: Good) -> Found:
+    tokens = {entry.name: entry for entry in good.http.tokens} if good.http is not None else {}
+    for index, producer in good.producers.items():
+        place: Place = ("producers", index)
+        token = tokens.get(producer.token)
+        if producer.token and good.http is not None and token is None:
+            near = nearest(producer.token, tokens)
+            yield (*place, "token"), COMES_WITH_NOTHING.format(token=producer.token, nearest=near)
+        elif token is not None and not {"ingest", "gate"} & set(token.scopes):
+            yield (*place, "token"), MAY_NOT_SEND.format(token=producer.token)
+        for number, source in enumerate(producer.sources):
+            if source not in good.source_names:
+                near = nearest(source, good.source_names)
+                sentence = NO_SUCH_SOURCE.format(source=source, nearest=near)
+                yield (*place, "sources", number), sentence
+
+
+def _shared_sources_are_signed(good: Good) -> Found:
+    """Who shares a broker's user with another is known by its signature alone."""
+    firsts: dict[str, int] = {}
+    for index, producer in good.producers.items():
+        for number, source in enumerate(producer.sources):
+            first = firsts.setdefault(source, index)
+            both = producer.secrets and good.producers[first].secrets
+            if first != index and not both:
+                place = ("producers", index, "sources", number)
+                yield place, SHARED_SOURCE.format(first=first, source=source)
+
+
 def _sessions_differ(good: Good) -> Found:
     """A broker cuts off a client when another one comes with its id."""
     sessions: dict[tuple[str, int, str], int] = {}
@@ -272,13 +339,17 @@ def _meters_are_fed(good: Good) -> Found:
         place: Place = ("meters", name)
         if name.startswith(OWN_PREFIX):
             yield place, OWN_METER
-        if meter.event_type.startswith(OWN_PREFIX):
+        if meter.event_type.startswith(OWN_PREFIX) and meter.event_type != GENAI_TYPE:
             yield (*place, "event_type"), OWN_TYPE
+        if meter.event_type and meter.value is None and meter.aggregation != "count":
+            sentence = NO_VALUE.format(aggregation=meter.aggregation, event_type=meter.event_type)
+            yield (*place, "value"), sentence
         keys = [key for key in ("value", "dimensions") if getattr(meter, key)]
         if keys and not meter.event_type:
             yield (*place, "event_type"), NEVER_FED.format(keys=" and ".join(keys))
 
 
+GENAI_TYPE = "meterd.genai"  # What calls of models are; meters may read them.
 OWN_PREFIX = "meterd."  # Of what meterd counts itself: periods, milestones, scores.
 
 
@@ -436,6 +507,9 @@ CHECKS: tuple[Callable[[Good], Found], ...] = (
     _tokens_differ,
     _sources_differ,
     _sessions_differ,
+    _producers_differ,
+    _producers_can_send,
+    _shared_sources_are_signed,
     _meters_are_fed,
     _rates_have_meters,
     _rates_can_match,

@@ -22,7 +22,7 @@ from meterd.config.checks import key_of
 from meterd.config.settings import NOT_AVAILABLE, Settings
 from meterd.config.shape import FILE_SUFFIX, Shape, keys_of, shape_of, tables_in
 from meterd.config.table import Place, Table, nearest
-from meterd.config.values import SECRET_CHARS_MAX, Secret
+from meterd.config.values import SECRET_CHARS_MAX, Secret, Unread
 from meterd.errors import Mistake
 
 PREFIX = "METERD_"
@@ -201,7 +201,7 @@ def _read_secret(
     if sentence or (given is not None and not isinstance(given, str)):
         # A stand-in that every kind of secret accepts, and no two alike: the rest of the table can
         # still be checked.
-        table[key] = Secret(f"redis://unreadable/{key_of(place)}")
+        table[key] = Unread(f"redis://unreadable/{key_of(place)}")
 
 
 def _other_way(place: Place) -> str:

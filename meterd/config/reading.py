@@ -34,6 +34,7 @@ from meterd.config.settings import (
     EscrowSettings,
     HttpSettings,
     MeterSettings,
+    ProducerSettings,
     Settings,
     SourceSettings,
     WalletSettings,
@@ -188,10 +189,18 @@ def _good_tables(raw: Mapping[str, Any]) -> Good:
         wallet=_try(TypeAdapter(WalletSettings), raw.get("wallet", {}))[0],
         meters=_good_items(TypeAdapter(MeterSettings), _dict(raw.get("meters"))),
         sources=_good_items(TypeAdapter(SourceSettings), _numbered(raw.get("sources"))),
+        producers=_good_items(TypeAdapter(ProducerSettings), _numbered(raw.get("producers"))),
+        source_names=_source_names(raw.get("sources")),
         plans=_good_items(TypeAdapter(PlanSettings), _dict(raw.get("plans"))),
         agreements=_good_items(TypeAdapter(AgreementSettings), _numbered(raw.get("agreements"))),
         discover=_good_items(TypeAdapter(DiscoverSettings), _numbered(raw.get("discover"))),
     )
+
+
+def _source_names(given: object) -> frozenset[str]:
+    """The names of all sources, good or not: one without a name has its kind's."""
+    tables = [item for item in _numbered(given).values() if isinstance(item, dict)]
+    return frozenset(str(item.get("name", item.get("kind", ""))) for item in tables)
 
 
 K = TypeVar("K")

@@ -22,6 +22,7 @@ from meterd.config.table import NOT_YET, Listed, Table, one_of
 from meterd.config.values import (
     AGENT_ID,
     ESCROW_ID,
+    WEBHOOK_PREFIX,
     Address,
     AgentId,
     ApiKey,
@@ -35,6 +36,7 @@ from meterd.config.values import (
     Memo,
     Micros,
     Name,
+    NamePattern,
     Password,
     RedisUrl,
     Secret,
@@ -42,6 +44,7 @@ from meterd.config.values import (
     Span,
     SpanOrZero,
     Token,
+    WebhookSecret,
     is_loopback,
     read_amount,
     read_duration,
@@ -108,6 +111,14 @@ class HttpSettings(Table):
     def speaks_tls(self) -> bool:
         """Whether meterd itself encrypts."""
         return self.tls_cert_file is not None
+
+
+class OtlpSettings(Table):
+    """`[otlp]`: which spans of OpenTelemetry's exporters are usage."""
+
+    operations: Annotated[Listed[Name], Field(min_length=1)] = (
+        *("chat", "text_completion", "generate_content", "embeddings"),
+    )
 
 
 class StoreSettings(Table):
@@ -319,6 +330,44 @@ BUILT_IN_SOURCES: Mapping[str, str] = {
 }
 
 
+class IngestSettings(Table):
+    """`[ingest]`: what comes in at all."""
+
+    require_producer: bool = False
+
+
+class ProducerSettings(Table):
+    """`[[producers]]`: who sends usage, how it proves it, and for which agreements it may."""
+
+    name: Name
+    token: Annotated[Line, Field(max_length=128)] = ""
+    sources: Listed[Name] = ()
+    secret: WebhookSecret | None = None
+    secret_file: FilePath | None = None
+    old_secret: WebhookSecret | None = None
+    old_secret_file: FilePath | None = None
+    agreements: Listed[NamePattern] = ()
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """The keys that are live."""
+        return tuple(key for key in (self.secret, self.old_secret) if key is not None)
+
+    @model_validator(mode="after")
+    def _can_be_known(self) -> ProducerSettings:
+        if not self.token and not self.sources:
+            refuse(
+                "is required, or sources: by one of the two a producer is known; write the name of"
+                ' one of http.tokens, such as token = "svc-a"',
+                at="token",
+            )
+        if self.old_secret is not None and self.secret is None:
+            refuse("is required beside old_secret; write the key that comes after it", at="secret")
+        if self.old_secret is not None and self.old_secret == self.secret:
+            refuse("is the same key as secret; write the one before it, or none", at="old_secret")
+        return self
+
+
 AGGREGATIONS = ("sum", "count", "max", "unique", "latest")
 
 
@@ -437,11 +486,14 @@ class Settings(Table):
     daemon: DaemonSettings = Field(default_factory=DaemonSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
+    otlp: OtlpSettings = Field(default_factory=OtlpSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
     escrow: EscrowSettings
     wallet: WalletSettings = Field(default_factory=WalletSettings)
     sources: Listed[SourceSettings] = ()
+    ingest: IngestSettings = Field(default_factory=IngestSettings)
+    producers: Listed[ProducerSettings] = ()
     meters: dict[Name, MeterSettings] = Field(default_factory=dict)
     plans: dict[Name, PlanSettings] = Field(default_factory=dict)
     agreements: Listed[AgreementSettings] = ()
@@ -456,6 +508,10 @@ class Settings(Table):
         if self.wallet.api_key is not None:
             yield self.wallet.api_key.reveal()
         yield from (entry.token.reveal() for entry in self.http.tokens)
+        for producer in self.producers:
+            for secret in producer.secrets:
+                yield secret.reveal()
+                yield secret.reveal().removeprefix(WEBHOOK_PREFIX)
         for source in self.sources:
             if isinstance(source, MqttSourceSettings):
                 if source.password is not None:

@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, PlainSerializer, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
-from meterd.core import money
+from meterd.core import money, paths
 
 MASK = "***"
 SECRET_CHARS_MAX = 4096
@@ -366,6 +373,12 @@ class Secret:
         raise TypeError("a secret is not written anywhere")
 
 
+class Unread(Secret):
+    """What stands in for a secret that could not be read, so that the rest can be checked."""
+
+    __slots__ = ()
+
+
 def read_secret(value: object) -> Secret:
     """Read a secret that may hold any character (a password)."""
     if isinstance(value, Secret):
@@ -385,6 +398,33 @@ def read_bearer(value: object, *, chars_min: int) -> Secret:
         refuse("may hold only visible ASCII characters, without blanks or line ends")
     if len(text) < chars_min:
         refuse(f"must have at least {chars_min} characters")
+    return secret
+
+
+WEBHOOK_PREFIX = "whsec_"
+WEBHOOK_BYTES_MIN, WEBHOOK_BYTES_MAX = 24, 64  # As Standard Webhooks has it.
+
+
+def webhook_key(secret: Secret) -> bytes:
+    """Decode a signing key of Standard Webhooks; nothing where it is none."""
+    text = secret.reveal()
+    try:
+        key = base64.b64decode(text.removeprefix(WEBHOOK_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+    fits = WEBHOOK_BYTES_MIN <= len(key) <= WEBHOOK_BYTES_MAX
+    return key if fits and text.startswith(WEBHOOK_PREFIX) else b""
+
+
+def read_webhook_secret(value: object) -> Secret:
+    """Read a signing key in the form of Standard Webhooks."""
+    secret = read_secret(value)
+    if not isinstance(secret, Unread) and not webhook_key(secret):
+        refuse(
+            f"is no key of Standard Webhooks; write {WEBHOOK_PREFIX} and the base64 of"
+            f" {WEBHOOK_BYTES_MIN} to {WEBHOOK_BYTES_MAX} random bytes:"
+            f' echo "{WEBHOOK_PREFIX}$(openssl rand -base64 32)"'
+        )
     return secret
 
 
@@ -527,12 +567,14 @@ Token = Annotated[
     _SECRET_SCHEMA,
     _TEXT,
 ]
+WebhookSecret = Annotated[Secret, BeforeValidator(read_webhook_secret), _SECRET_SCHEMA, _TEXT]
 RedisUrl = Annotated[Secret, BeforeValidator(read_redis_url), _SECRET_SCHEMA, _TEXT]
 
 # Escrow ids are put into addresses; anything else in them could name another call.
 ESCROW_ID = r"^[A-Za-z0-9_-]{1,64}$"
 # Names become labels, levels of topics and parts of addresses.
 NAME = r"^[A-Za-z0-9_.:-]{1,128}$"
+NAME_PATTERN = r"^[A-Za-z0-9_.:*?\[\]!-]{1,128}$"
 LINE = r"^[^\x00-\x1f\x7f]{0,256}$"
 MEMO = r"^[^\x00-\x1f\x7f]{0,200}$"
 AGENT_ID = r"^[A-Za-z0-9_.:-]{1,64}$"
@@ -542,6 +584,7 @@ JSON_PATH = r"^\$[^\x00-\x1f\x7f]{0,255}$"
 # What to write instead, for each of the patterns above.
 PATTERN_SENTENCES = {
     ESCROW_ID: "write 1 to 64 letters, digits, _ or -",
+    NAME_PATTERN: "write an id, or a pattern of one with * and ?, such as customer-*",
     NAME: "write 1 to 128 letters, digits, _ . : or -",
     LINE: "write one line of at most 256 characters",
     MEMO: "write one line of at most 200 characters",
@@ -569,8 +612,19 @@ EscrowIds = Annotated[
     BeforeValidator(_one_or_more, json_schema_input_type=EscrowId | tuple[EscrowId, ...]),
 ]
 Name = Annotated[str, StringConstraints(pattern=NAME)]
+NamePattern = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Line = Annotated[str, StringConstraints(pattern=LINE)]
 Memo = Annotated[str, StringConstraints(pattern=MEMO)]
 AgentId = Annotated[str, StringConstraints(pattern=AGENT_ID)]
 HeaderName = Annotated[str, StringConstraints(pattern=HEADER)]
-JsonPath = Annotated[str, StringConstraints(pattern=JSON_PATH)]
+
+
+def _followed(path: str) -> str:
+    try:
+        paths.Path(path)
+    except paths.BadPath as error:
+        refuse(f'is no JSONPath ({error}); write one such as "$.usage.total_tokens"')
+    return path
+
+
+JsonPath = Annotated[str, StringConstraints(pattern=JSON_PATH), AfterValidator(_followed)]

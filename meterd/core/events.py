@@ -40,6 +40,8 @@ class Reason(enum.StrEnum):
     REACHED = "reached"  # A tranche or an outcome that was there before, under another id.
     OUT_OF_ORDER = "out_of_order"
     BAD_SIGNATURE = "bad_signature"
+    NOT_ALLOWED = "not_allowed"  # Its sender may not send it, or is nobody who is known.
+    OVER_CAP = "over_cap"  # More than the agreement may accrue in one event, minute, day or life.
     BAD_PRICE = "bad_price"
     UNKNOWN_EVENT = "unknown_event"  # Nothing that a `meterd.void` could take back.
     CONFLICT = "conflict"

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jsonpath
 import msgspec
 
 from meterd.core import money
@@ -30,6 +29,7 @@ from meterd.core.events import (
     printable,
 )
 from meterd.core.meters import Aggregation, Meter
+from meterd.core.paths import Path
 
 SPECVERSION = "1.0"
 USAGE_TYPE = "meterd.usage"
@@ -216,8 +216,8 @@ class _Feed:
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.where = meter.value or "data"
-        self._value = _Path(meter.value) if meter.value else None
-        self._dimensions = [(name, _Path(path)) for name, path in meter.dimensions]
+        self._value = Path(meter.value) if meter.value else None
+        self._dimensions = [(name, Path(path)) for name, path in meter.dimensions]
 
     def part(self, data: Any) -> Part | Why | None:
         """What the data say to this meter; None: nothing."""
@@ -248,35 +248,6 @@ class _Feed:
                 return Reason.MALFORMED, detail
             dimensions[name] = text
         return Part(self.meter.name, quantity, value, dimensions)
-
-
-class _Path:
-    """A JSONPath (RFC 9535), compiled once. Plain names, the usual case, are walked directly."""
-
-    def __init__(self, path: str) -> None:
-        names = path.split(".")
-        plain = names[0] == "$" and all(name.isidentifier() for name in names[1:])
-        self._names = names[1:] if plain else None
-        self._compiled = jsonpath.compile(path)
-
-    def find(self, data: Any) -> Sequence[Any]:
-        """All values that the path finds."""
-        if self._names is None:
-            return self._compiled.findall(data)
-        for name in self._names:
-            if type(data) is not dict or name not in data:
-                return ()
-            data = data[name]
-        return (data,)
-
-
-def path_flaw(path: str) -> str:
-    """Say why a text is no JSONPath; "" when it is one."""
-    try:
-        jsonpath.compile(path)
-    except jsonpath.JSONPathError as error:
-        return str(error).partition("\n")[0]
-    return ""
 
 
 def _text(said: Any) -> str | None:

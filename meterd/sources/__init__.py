@@ -6,7 +6,7 @@ commit -> ack. A source that cannot go on raises `SourceUnavailable` and forgets
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +21,25 @@ class Fault:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What stands beside a signed payload, as Standard Webhooks name it; "" where it is missing."""
+
+    id: str
+    timestamp: str
+    signature: str
+
+    @classmethod
+    def of(cls, named: Iterable[tuple[str, str]]) -> Proof | None:
+        """Find it among names and values; None where there is nothing of it."""
+        found = {name: value for name, value in named if name.startswith(PROOF_PREFIX)}
+        texts = [found.get(f"{PROOF_PREFIX}{name}", "") for name in cls.__match_args__]
+        return cls(*texts) if any(texts) else None
+
+
+PROOF_PREFIX = "webhook-"
+
+
 @dataclass(slots=True)
 class Deliveries:
     """Several arrivals in order, acked together after their commit.
@@ -29,6 +48,8 @@ class Deliveries:
     used where the event itself gives none. None: there are none. fields    what the transport's
     address says of each (`escrow_id`, `meter`); fills what the payload leaves out and must agree
     with what it says. None: nothing. faults    by index: arrivals that are bad whatever they say.
+    proofs    by index: how a payload is signed. producer  who sent all of them, where the transport
+    knows it by itself: the name of a producer.
     position  where to go on after a restart, stored in the same commit. None: the broker keeps it.
     receipt   what the source itself needs to ack these.
     """
@@ -37,6 +58,8 @@ class Deliveries:
     ids: Sequence[str] | None = None
     fields: Sequence[Mapping[str, str]] | None = None
     faults: Mapping[int, Fault] = field(default_factory=dict)
+    proofs: Mapping[int, Proof] = field(default_factory=dict)
+    producer: str = ""
     position: str | None = None
     receipt: object = None
 

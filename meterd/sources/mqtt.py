@@ -36,12 +36,14 @@ import msgspec
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
+from meterd.core import envelopes
 from meterd.core.events import Reason
 from meterd.errors import ConfigurationError, Mistake, SourceUnavailable
-from meterd.sources import Deliveries, Fault
+from meterd.sources import Deliveries, Fault, Proof
 
 TOPIC_FIELDS = frozenset({"escrow_id", "agreement", "meter", "source", "type"})
 ID_PROPERTY = "id"
+SIGNED_MIN = 3  # A signature takes three user properties; with fewer nobody looks for it.
 PUBACK_SUCCESS = 0x40020000  # The four bytes of a PUBACK without a reason code; the id is added.
 CLOSE_TIMEOUT_S = 1  # A broker that does not part within this is left.
 NUMBER_CHARS_MAX = 64  # A longer text is no number; the core says so.
@@ -158,6 +160,10 @@ class Arrival(Protocol):
     def user_properties(self) -> Sequence[tuple[str, str]]:
         """Names and values; none before MQTT 5."""
 
+    @property
+    def content_type(self) -> str | None:
+        """What the payload is; not said before MQTT 5."""
+
 
 class Reading:
     """How the messages of one source are read: by its topic template and what it allows."""
@@ -171,14 +177,25 @@ class Reading:
     def deliveries(self, batch: Sequence[Arrival]) -> Deliveries:
         """The batch without position and receipt; a bad message is a fault, never an error."""
         payloads = [arrival.payload for arrival in batch]
-        ids = [_id_of(arrival.user_properties) for arrival in batch]
+        properties = [arrival.user_properties for arrival in batch]
+        ids = [_id_of(named) for named in properties]
+        proofs = {
+            index: proof
+            for index, named in enumerate(properties)
+            if len(named) >= SIGNED_MIN and (proof := Proof.of(named)) is not None
+        }
         fields: list[Mapping[str, str]] = []
         faults: dict[int, Fault] = {}
         for index, arrival in enumerate(batch):
             said = self._fields(arrival.topic)
             fields.append(said or {})
             payload = payloads[index]
-            if payload[:1] != b"{" and self._template.names_usage:
+            if arrival.user_properties and is_binary(arrival):
+                try:
+                    payloads[index] = payload = assembled(arrival)
+                except ValueError as error:
+                    faults[index] = Fault(Reason.MALFORMED, str(error))
+            elif payload[:1] != b"{" and self._template.names_usage:
                 payloads[index] = payload = _with_bare_number(payload)
                 if payload[:1] == b"{" and not ids[index] and not self._anonymous:
                     detail = "a bare number needs an id as the user property id of MQTT 5"
@@ -189,7 +206,8 @@ class Reading:
                     faults[index] = fault
         if self._anonymous:
             ids = [known or uuid.uuid4().hex for known in ids]
-        return Deliveries(payloads, ids=ids if any(ids) else None, fields=fields, faults=faults)
+        known = ids if any(ids) else None
+        return Deliveries(payloads, ids=known, fields=fields, faults=faults, proofs=proofs)
 
     def _fields(self, topic: str) -> dict[str, str] | None:
         try:
@@ -210,6 +228,22 @@ class Reading:
         if not arrival.payload:
             return Fault(Reason.MALFORMED, "the payload is empty")
         return None
+
+
+def is_binary(arrival: Arrival) -> bool:
+    """Whether a message is a CloudEvent in binary mode: its attributes are user properties."""
+    if (arrival.content_type or "").startswith(envelopes.STRUCTURED):
+        return False
+    return any(name == envelopes.SPECVERSION for name, _ in arrival.user_properties)
+
+
+def assembled(arrival: Arrival) -> bytes:
+    """Write a binary CloudEvent as one JSON document. Raises `ValueError`.
+
+    What stands in the user properties and cannot be an attribute is not the event's.
+    """
+    attributes = [(name, value) for name, value in arrival.user_properties if name.isalnum()]
+    return envelopes.assemble(attributes, arrival.content_type or "", arrival.payload)
 
 
 def _id_of(properties: Sequence[tuple[str, str]]) -> str:
@@ -458,6 +492,7 @@ class Message(NamedTuple):
     retain: bool
     packet_id: int | None
     user_properties: Sequence[tuple[str, str]] = ()
+    content_type: str | None = None
 
 
 class Link311:

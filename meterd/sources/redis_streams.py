@@ -42,10 +42,11 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from meterd.core.events import Reason
 from meterd.errors import ConfigurationError, Mistake, SourceUnavailable
-from meterd.sources import Deliveries, Fault
+from meterd.sources import PROOF_PREFIX, Deliveries, Fault, Proof
 
 EVENT_FIELD = b"event"
 DIMENSIONS_FIELD = "dimensions"
+DATA_FIELD = "data"
 DIMENSION_PREFIX = "dimensions."
 
 # While a stream that is trimmed too early goes on losing entries, a person is told once in this
@@ -252,17 +253,10 @@ class EntryIds(Sequence[str]):
 
 
 def payloads_of(entries: Sequence[Entry]) -> tuple[list[bytes], dict[int, Fault]]:
-    """The payload of each entry, and a fault for each that cannot be one JSON document.
-
-    Entries that hold the single field `event` are the common case and cost one turn of a list
-    comprehension.
-    """
-    try:
-        payloads = [payload for _, (name, payload) in entries if name == EVENT_FIELD]
-    except (TypeError, ValueError):
-        payloads = []  # An entry with other than two items among its fields, or without fields.
-    if len(payloads) == len(entries):
-        return payloads, {}
+    """The payload of each entry, and a fault for each that cannot be one JSON document."""
+    plain = _plain(entries)
+    if plain is not None:
+        return plain, {}
     payloads, faults = [], {}
     for index, (_, fields) in enumerate(entries):
         payload, fault = payload_of(fields)
@@ -272,11 +266,44 @@ def payloads_of(entries: Sequence[Entry]) -> tuple[list[bytes], dict[int, Fault]
     return payloads, faults
 
 
+def _plain(entries: Sequence[Entry]) -> list[bytes] | None:
+    """The payloads of entries that all hold the single field `event`; None where one does not.
+
+    That is the common case, and costs one turn of a list comprehension.
+    """
+    try:
+        payloads = [payload for _, (name, payload) in entries if name == EVENT_FIELD]
+    except (TypeError, ValueError):
+        return None  # An entry with other than two items among its fields, or without fields.
+    return payloads if len(payloads) == len(entries) else None
+
+
+def proofs_of(entries: Sequence[Entry]) -> dict[int, Proof]:
+    """How entries are signed, by their place: fields beside `event`."""
+    proofs = {}
+    for index, (_, fields) in enumerate(entries):
+        if fields is not None and len(fields) > 2:
+            names = (name.decode(errors="replace") for name in fields[::2])
+            texts = (text.decode(errors="replace") for text in fields[1::2])
+            proof = Proof.of(zip(names, texts, strict=False))
+            if proof is not None:
+                proofs[index] = proof
+    return proofs
+
+
+def _without_proof(fields: Sequence[bytes]) -> Sequence[bytes]:
+    named = zip(fields[::2], fields[1::2], strict=False)
+    rest = (pair for pair in named if not pair[0].startswith(PROOF_PREFIX.encode()))
+    return [part for pair in rest for part in pair]
+
+
 def payload_of(fields: Sequence[bytes] | None) -> tuple[bytes, Fault | None]:
     """One entry's payload: the bytes of `event`, or its flat fields as one JSON object."""
     if fields is None:
         detail = "the entry was deleted from the stream while it was pending"
         return b"", Fault(Reason.MALFORMED, detail)
+    if len(fields) > 2:
+        fields = _without_proof(fields)
     if len(fields) == 2 and fields[0] == EVENT_FIELD:
         return fields[1], None
     try:
@@ -302,6 +329,11 @@ def _flat_object(fields: Sequence[bytes]) -> dict[str, Any]:
     dimensions = _take_dimensions(values)
     if dimensions:
         values[DIMENSIONS_FIELD] = dimensions
+    if DATA_FIELD in values:  # A CloudEvent's: JSON in a field of its own.
+        try:
+            values[DATA_FIELD] = msgspec.json.decode(values[DATA_FIELD], type=msgspec.Raw)
+        except (msgspec.DecodeError, RecursionError):
+            raise ValueError("the field data is no JSON") from None
     return values
 
 
@@ -687,9 +719,18 @@ class RedisStreamSource:
 
 
 def _deliveries(entries: Sequence[Entry], receipt: _Receipt, position: str | None) -> Deliveries:
-    payloads, faults = payloads_of(entries)
-    ids = EntryIds([entry[0] for entry in entries])
-    return Deliveries(payloads, ids=ids, faults=faults, position=position, receipt=receipt)
+    payloads, faults, proofs = _plain(entries), dict[int, Fault](), dict[int, Proof]()
+    if payloads is None:
+        payloads, faults = payloads_of(entries)
+        proofs = proofs_of(entries)
+    return Deliveries(
+        payloads,
+        ids=EntryIds([entry[0] for entry in entries]),
+        faults=faults,
+        proofs=proofs,
+        position=position,
+        receipt=receipt,
+    )
 
 
 async def _run_id(control: Redis) -> str:

@@ -45,6 +45,7 @@ from meterd.config.settings import (
     DiscoverSettings,
     MeterSettings,
     MqttSourceSettings,
+    ProducerSettings,
     RedisSourceSettings,
     Settings,
     TokenSettings,
@@ -431,6 +432,31 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ("plans.less.rates[0].price", 'must not be below 0; write for example "0.002"'),
         ("plans.calls.rates[0].price", 'must be greater than 0; write for example "0.002"'),
     ],
+    "producers_that_cannot_be_told_apart": [
+        ("producers[1].name", 'producers[0] is named "a" too; write another name'),
+        ("producers[1].token", "is the token of producers[0] too, so nobody could tell them apart"),
+        ("producers[2].secret", "is a key of producers[0] too; make one of its own"),
+        ("producers[1].sources[0]", 'producers[0] sends over "mqtt" too, so both need a key to be'),
+    ],
+    "producers_that_cannot_send": [
+        ("producers[0].token", "is required, or sources: by one of the two a producer is known;"),
+        ("producers[1].token", 'the token "looker" may not send usage; give it the scope ingest'),
+        ("producers[2].token", 'no token "loker" in http.tokens; did you mean "looker"?'),
+        ("producers[2].sources[1]", 'there is no source "reddis" in [[sources]]; did you mean "re'),
+    ],
+    "producers_with_bad_keys": [
+        (
+            "producers[0].secret",
+            "is no key of Standard Webhooks; write whsec_ and the base64 of 24",
+        ),
+        (
+            "producers[1].secret",
+            "is no key of Standard Webhooks; write whsec_ and the base64 of 24",
+        ),
+        ("producers[2].old_secret", "is the same key as secret; write the one before it, or none"),
+        ("producers[3].agreements[0]", "write an id, or a pattern of one with * and ?, such as cu"),
+        ("producers[4].secret", "is required beside old_secret; write the key that comes after it"),
+    ],
     "quota_on_an_unknown_meter": [
         (
             "plans.pass.quota.meter",
@@ -573,7 +599,10 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
     ],
     "unknown_key": [
         ("daemon.drain_timout", 'there is no such key; did you mean "drain_timeout"?'),
-        ("http.frobnicate", "known are behind_proxy, body_limit, listen, pending_max, tls_cert_file"),
+        (
+            "http.frobnicate",
+            "known are behind_proxy, body_limit, listen, pending_max, tls_cert_file",
+        ),
     ],
     "unknown_table": [("escrw", 'there is no such key; did you mean "escrow"?')],
     "value_of_another_type": [
@@ -1389,6 +1418,7 @@ def tables_of_the_example() -> Iterator[tuple[str, type[Table], dict[str, object
     yield "wallet.paths", WalletPaths, raw["wallet"]["paths"]
     yield "sources.redis", RedisSourceSettings, raw["sources"][0]
     yield "sources.mqtt", MqttSourceSettings, raw["sources"][1]
+    yield "producers", ProducerSettings, raw["producers"][0]
     yield "meters", MeterSettings, raw["meters"]["tokens"]
     plan = raw["plans"]["tokens"]
     yield "plans", PlanSettings, plan
@@ -1467,4 +1497,10 @@ def test_importing_the_configuration_brings_no_other_room():
     )
     rooms = {name for name in done.stdout.split() if not name.startswith("meterd.config")}
 
-    assert rooms == {"meterd", "meterd.core", "meterd.core.money", "meterd.errors"}
+    assert rooms == {
+        "meterd",
+        "meterd.core",
+        "meterd.core.money",
+        "meterd.core.paths",
+        "meterd.errors",
+    }

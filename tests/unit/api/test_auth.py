@@ -12,12 +12,13 @@ SETTINGS = ApiSettings(
 # Every call of the API and the scope that it asks for; None: open to everybody.
 CALLS = (
     ("POST", "/v1/events", Scope.INGEST),
+    ("POST", "/api/v1/events", Scope.INGEST),
     ("POST", "/v1/traces", Scope.INGEST),
     ("POST", "/v1/logs", Scope.INGEST),
     ("POST", "/v1/backup", Scope.ADMIN),
     ("POST", "/v1/authorize", Scope.GATE),
-    ("GET", "/v1/holds", Scope.READ),
     ("GET", "/v1/authorize", Scope.GATE),
+    ("GET", "/v1/holds", Scope.READ),
     ("POST", "/v1/holds/hold_1/capture", Scope.GATE),
     ("POST", "/v1/holds/hold_1/void", Scope.GATE),
     ("POST", "/v1/quote", Scope.READ),
@@ -27,6 +28,8 @@ CALLS = (
     ("GET", "/v1/agreements/esc_1", Scope.READ),
     ("GET", "/v1/agreements/esc_1/usage", Scope.READ),
     ("GET", "/v1/agreements/esc_1/releases", Scope.READ),
+    ("GET", "/v1/agreements/esc_1/receipts", Scope.READ),
+    ("GET", "/v1/receipts/key", Scope.READ),
     ("PUT", "/v1/agreements/esc_1", Scope.ADMIN),
     ("POST", "/v1/agreements/esc_1/settle", Scope.ADMIN),
     ("POST", "/v1/agreements/esc_1/close", Scope.ADMIN),

@@ -265,12 +265,84 @@ async def test_a_compressed_body_is_refused_unread(world, encoding):
     assert world.store.commits == 3  # Bound and adopted; nothing more.
 
 
-async def test_cloud_events_are_refused_with_a_sentence(world):
-    """A form of a later version is not taken for a malformed event."""
-    headers = {"Content-Type": "application/cloudevents+json"}
-    answer = await world.post("/v1/events", event(), headers=headers)
+CLOUD = {
+    "specversion": "1.0",
+    "type": "meterd.usage",
+    "source": "svc",
+    "id": "c",
+    "subject": "esc_1",
+    "data": {"meter": "tokens", "quantity": 1000},
+}
+BINARY = {
+    "ce-specversion": "1.0",
+    "CE-Type": "meterd.usage",
+    "ce-source": "svc",
+    "ce-id": "c",
+    "ce-subject": "esc%5F1",
+    "Content-Type": "application/json",
+}
+BATCH = {"Content-Type": "application/cloudevents-batch+json"}
 
-    assert (answer.status, answer.json["type"]) == (415, "urn:meterd:problem:media-type")
+
+async def test_a_cloudevent_is_the_same_event_in_each_mode(world):
+    """Structured, batched and binary: one is accepted, the others are duplicates of it."""
+    await world.bind()
+    one = {"Content-Type": "application/cloudevents+json; charset=utf-8"}
+    answers = [
+        await world.post("/v1/events", CLOUD, headers=one),
+        await world.post("/v1/events", CLOUD),
+        await world.post("/v1/events", [CLOUD, {**CLOUD, "id": "d"}], headers=BATCH),
+        await world.post("/v1/events", CLOUD["data"], headers=BINARY),
+    ]
+
+    assert [answer.status for answer in answers] == [200] * 4
+    counts = [(answer.json["accepted"], answer.json["duplicates"]) for answer in answers]
+    assert counts == [(1, 0), (0, 1), (1, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "problem"),
+    [
+        (BATCH, CLOUD, "not-a-list"),
+        ({"Content-Type": "application/cloudevents+json"}, [CLOUD], "not-an-object"),
+        ({**BINARY, "ce-subject": "%ff"}, CLOUD["data"], "not-an-event"),
+        ({**BINARY, "ce-data": "1"}, CLOUD["data"], "not-an-event"),
+        ({**BINARY, "ce-no name": "1"}, CLOUD["data"], None),
+    ],
+)
+async def test_a_cloudevent_in_no_mode_is_refused(world, headers, body, problem):
+    """Whole, with what is wrong; a header that HTTP itself forbids never arrives."""
+    answer = await world.post("/v1/events", body, headers=headers)
+
+    assert answer.status == 400
+    assert problem is None or answer.json["type"] == f"urn:meterd:problem:{problem}"
+
+
+async def test_a_binary_event_whose_data_are_no_json_is_kept(world):
+    """As base64, among the dead letters."""
+    answer = await world.post("/v1/events", b"\xff{", headers=BINARY)
+
+    (rejected,) = answer.json["rejected"]
+    assert (rejected["id"], rejected["reason"]) == ("c", "malformed")
+    (letter,) = world.store.letters.values()
+    assert json.loads(letter.payload)["data_base64"] == "/3s="
+
+
+async def test_openmeters_call_is_answered_as_openmeter_does(world):
+    """204 after the commit; 400 where nothing of it could be taken, and it is kept all the same."""
+    await world.bind()
+    one = {"Content-Type": "application/cloudevents+json"}
+    taken = await world.post("/api/v1/events", CLOUD, headers=one)
+    again = await world.post("/api/v1/events", CLOUD, headers=one)
+    part = await world.post("/api/v1/events", [CLOUD, {**CLOUD, "id": "x", "type": "y"}])
+    none = await world.post("/api/v1/events", {**CLOUD, "id": "z", "type": "y"}, headers=one)
+
+    assert (taken.status, taken.body) == (204, b"")
+    assert (again.status, part.status) == (204, 204)
+    assert part.headers["Meterd-Rejected"] == "1"
+    assert (none.status, none.json["type"]) == (400, "urn:meterd:problem:rejected")
+    assert "kept as dead letters: unknown_type: no meter has the event_type" in none.json["detail"]
+    assert len(world.store.letters) == 2
 
 
 def test_events_are_cut_out_as_they_came():

@@ -11,10 +11,11 @@ import pytest
 
 from meterd.core.accounts import Agreement
 from meterd.core.envelopes import assemble
-from meterd.core.feeds import DATA_DEPTH_MAX, path_flaw
+from meterd.core.feeds import DATA_DEPTH_MAX
 from meterd.core.ledger import Ledger
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import NANOS
+from meterd.core.paths import BadPath, Path
 from meterd.core.plans import Pattern, Plan
 from meterd.core.pricing import MILESTONE_METER, OUTCOME_METER, Model, Rate, RateCard, Tier
 from meterd.core.settlement import EscrowStatus
@@ -558,10 +559,12 @@ def test_a_closed_agreement_takes_no_typed_event():
 
 def test_a_path_that_is_none_says_so():
     """One line, for a person who writes a configuration."""
-    assert path_flaw("$.a.b") == ""
-    assert path_flaw("$.items[?(@.n > 1)].n") == ""
-    assert "selector" in path_flaw("$.[")
-    assert "\n" not in path_flaw("$.[")
+    assert Path("$.items[?(@.n > 1)].n").find({"items": [{"n": 1}, {"n": 2}]}) == [2]
+    assert Path("$").find(7) == (7,)
+    for text, said in (("$.[", "selector"), ("$.a | $.b", "unexpected token")):
+        with pytest.raises(BadPath, match=said) as caught:
+            Path(text)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_binary_event_becomes_the_structured_one():

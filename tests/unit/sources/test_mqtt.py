@@ -16,6 +16,42 @@ def read_one(payload=b"{}", topic=TOPIC, *, retain=False, packet_id=1, propertie
     return reading.deliveries([Message(topic, payload, retain, packet_id, properties)])
 
 
+ATTRIBUTES = (
+    ("specversion", "1.0"),
+    ("type", "completion"),
+    ("source", "svc"),
+    ("id", "e"),
+    ("webhook-id", "no attribute"),
+)
+
+
+def test_binary_cloudevent_is_put_together():
+    """Its attributes are user properties, its data the payload; any payload, a number too."""
+    for payload in (b'{"n": 1}', b"7"):
+        deliveries = read_one(payload, properties=ATTRIBUTES)
+        document = msgspec.json.decode(deliveries.payloads[0])
+        expected = {name: value for name, value in ATTRIBUTES if name.isalnum()}
+        assert document == {**expected, "data": msgspec.json.decode(payload)}
+        assert not deliveries.faults
+    assert not read_one(b"", properties=ATTRIBUTES).faults  # An event may be its type alone.
+
+
+def test_structured_cloudevent_stays_as_it_came():
+    """Whatever stands beside it: the content type tells."""
+    reading = Reading(TEMPLATE, anonymous=False, qos0=False)
+    kind = "application/cloudevents+json; charset=utf-8"
+    payload = b'{"specversion": "1.0"}'
+    deliveries = reading.deliveries([Message(TOPIC, payload, False, 1, ATTRIBUTES, kind)])
+    assert deliveries.payloads == [payload]
+
+
+def test_binary_cloudevent_with_an_attribute_twice_is_a_fault():
+    """Nobody can say which is meant."""
+    deliveries = read_one(b"{}", properties=(*ATTRIBUTES, ("id", "f")))
+    assert deliveries.faults[0].reason is Reason.MALFORMED
+    assert "id is given twice" in deliveries.faults[0].detail
+
+
 def test_template_becomes_a_filter_and_reads_topics():
     """Named levels are wildcards for the broker and fields for us."""
     assert TEMPLATE.filter == "meterd/usage/+/+"
