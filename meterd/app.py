@@ -160,7 +160,11 @@ def api_settings_of(settings: Settings) -> api.ApiSettings:
         )
         for entry in settings.http.tokens
     )
-    return api.ApiSettings(tokens=tokens, body_limit=settings.http.body_limit_bytes)
+    return api.ApiSettings(
+        tokens=tokens,
+        body_limit=settings.http.body_limit_bytes,
+        otlp_operations=frozenset(map(str.lower, settings.otlp.operations)),
+    )
 
 
 def certificate_files_of(settings: Settings) -> CertificateFiles | None:
@@ -530,7 +534,7 @@ class Daemon:
         _say(fresh, notes)
         self._metrics.reloaded(success=True)
         log.info("The configuration was reloaded.", action="reloaded")
-        for name in ("daemon", "http", "store", "dedupe", "escrow", "sources", "metrics"):
+        for name in ("daemon", "http", "otlp", "store", "dedupe", "escrow", "sources", "metrics"):
             if _needing_restart(fresh, name) != _needing_restart(self._settings, name):
                 log.warning(
                     f"[{name}] has changed; that takes a restart.", action="reload_needs_restart"

@@ -97,7 +97,7 @@ class Otlp:
             raise Problem(400, "not-otlp", str(error)) from None
         except reading.TooManyItems as error:
             raise Problem(413, "too-many-events", str(error)) from None
-        return [genai.usage_of(item) for item in items]
+        return [genai.usage_of(item, self._settings.otlp_operations) for item in items]
 
     async def _record(self, usages: Sequence[Usage]) -> Recorded:
         faults = {
@@ -127,6 +127,7 @@ class Otlp:
                 "An operation that tells of tokens is not known, and not charged.",
                 action="otlp_operation_unknown",
                 operation=printable(operation, 100),
+                next="add it to otlp.operations if it calls a model",
             )
 
 
@@ -175,7 +176,9 @@ def _said(signal: Signal, recorded: Recorded | None, unknown: Sequence[str]) -> 
         )
     if unknown:
         names = ", ".join(printable(operation, 100) for operation in unknown[:SHOWN_MAX])
-        sentences.append(f"tokens of operations that are not known are not charged: {names}")
+        sentences.append(
+            f"tokens of operations that are not in otlp.operations are not charged: {names}"
+        )
     return ". ".join(sentences)
 
 

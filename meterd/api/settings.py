@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from meterd.otlp.genai import COUNTED
+
 
 class Scope(enum.StrEnum):
     """What a token may do.
@@ -40,3 +42,4 @@ class ApiSettings:
         20_000  # In one request: each may become a dead letter, and all are decided at once.
     )
     retry_after_s: int = 1
+    otlp_operations: frozenset[str] = COUNTED  # Those that are charged.

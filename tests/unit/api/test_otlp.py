@@ -15,6 +15,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from meterd.api import ApiSettings, ApiToken, Scope
 from meterd.api.otlp import unpacked
 from meterd.api.problems import Problem
+from meterd.config.settings import OtlpSettings
+from meterd.otlp.genai import COUNTED
 from meterd.otlp.reading import Encoding
 from tests import otlp
 
@@ -140,13 +142,31 @@ async def test_an_operation_that_nobody_knows_is_logged_once_and_told_each_time(
         answers = [await send(world, message) for _ in range(2)]
     for answer in answers:
         told = ExportTraceServiceResponse.FromString(answer.body).partial_success
-        warning = "tokens of operations that are not known are not charged: rerank"
+        warning = "tokens of operations that are not in otlp.operations are not charged: rerank"
 
         assert (told.rejected_spans, told.error_message) == (0, warning)
     logged = [line for line in lines if line["action"] == "otlp_operation_unknown"]
     assert [line["operation"] for line in logged] == ["rerank"]
     assert accrued(world) == 0
     assert metric(world, 'meterd_otlp_ignored_total{signal="traces"}') == 2
+
+
+async def test_operations_count_as_they_are_configured(make_world):
+    """Whoever knows an operation may charge it, and one that is left out is told of."""
+    world = await make_world(ApiSettings(otlp_operations=frozenset({"rerank"})))
+    await world.bind()
+    reranked = {**CALL, "gen_ai.operation.name": "rerank"}
+    told = ExportTraceServiceResponse.FromString(
+        (await send(world, spans_of(world, reranked, CALL))).body
+    ).partial_success
+
+    assert accrued(world) == PRICE
+    assert told.error_message.endswith(": chat")
+
+
+def test_the_configuration_counts_what_the_conventions_call_calls_of_a_model():
+    """Its default is written twice, since neither room knows the other."""
+    assert frozenset(OtlpSettings().operations) == COUNTED == ApiSettings().otlp_operations
 
 
 async def test_a_document_that_is_too_large_is_a_dead_letter_of_its_beginning(world):
