@@ -368,13 +368,13 @@ async def _open_books(
         holds=state.holds,
         voids=state.voids,
         void_next=state.void_next,
+        sequences=Sequences(state.producers, state.numbers_from),
+        producers=producers_of(settings),
     )
     _check_agreements(ledger, ledger.plans, settings)
     await bookkeeper.start()
     await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.
     await _bind(bookkeeper, settings)
-        sequences=Sequences(state.producers, state.numbers_from),
-        producers=producers_of(settings),
     return bookkeeper
 
 
@@ -520,6 +520,7 @@ class Daemon:
             if self._certificate is not None and files is not None:
                 self._certificate.reload(files)
             await self._bookkeeper.reload(plans, meters_of(fresh))
+            self._bookkeeper.producers = producers_of(fresh)
             await _bind(self._bookkeeper, fresh)
             patterns = tuple(discoveries_of(fresh))
             self._opener.terms = replace(self._opener.terms, patterns=patterns)
@@ -541,7 +542,6 @@ class Daemon:
                 )
 
     # -- Edges of the process
-            self._bookkeeper.producers = producers_of(fresh)
     # ----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
