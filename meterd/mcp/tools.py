@@ -51,6 +51,9 @@ class Tool(Generic[Caller]):
     def read(self, arguments: Mapping[str, Any]) -> Any:
         """Read the arguments. Raises `WrongArguments`."""
         try:
+            msgspec.json.encode(
+                arguments
+            )  # Half a character cannot be: nobody could be told of it.
             return msgspec.convert(arguments, self.takes)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             said = str(error)[:SENTENCE_CHARS_MAX]

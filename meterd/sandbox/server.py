@@ -1,4 +1,4 @@
-"""The escrow service over HTTP: the contract under `/api/v1`, and the sandbox's own controls.
+"""The escrow service over HTTP: the contract under `/api/v1`, `/mcp`, and the sandbox's controls.
 
 The rule kept here: the service listens on loopback alone, since its controls ask for no key.
 
@@ -17,7 +17,9 @@ from functools import partial
 from aiohttp import web
 
 from meterd.errors import StoreFailed
+from meterd.mcp.door import PATH as MCP_PATH
 from meterd.sandbox import wire
+from meterd.sandbox.agents import Agents
 from meterd.sandbox.contract import Contract
 from meterd.sandbox.controls import Controls
 from meterd.sandbox.faults import Call
@@ -62,6 +64,7 @@ async def _errors_as_json(
 
 _CONTRACT = web.AppKey("contract", Contract)
 _CONTROLLED = web.AppKey("controls", Controls)
+_AGENTS = web.AppKey("agents", Agents)
 FAILED = web.AppKey("failed", asyncio.Event)
 
 _CONTROLS: tuple[tuple[str, str, Callable[[Controls, web.Request], Awaitable[Reply]]], ...] = (
@@ -90,6 +93,10 @@ async def _answer_control(
         return plain(refusal(400, error.code, error.text))
 
 
+async def _answer_agent(request: web.Request) -> web.StreamResponse:
+    return await request.app[_AGENTS].answer(request)
+
+
 def build(settings: SandboxSettings) -> web.Application:
     """The application: opens its file when it starts up and closes it when it is cleaned up.
 
@@ -105,6 +112,7 @@ def build(settings: SandboxSettings) -> web.Application:
     for method, path, control in _CONTROLS:
         for prefix in ("", API):
             app.router.add_route(method, prefix + path, partial(_answer_control, control))
+    app.router.add_post(MCP_PATH, _answer_agent)
     app.cleanup_ctx.append(partial(_life, settings))
     return app
 
@@ -117,6 +125,7 @@ async def _life(settings: SandboxSettings, app: web.Application) -> AsyncIterato
         await service.open_wallets(frozenset(settings.keys.values()), settings.opening_balance)
         app[_CONTRACT] = Contract(settings, service)
         app[_CONTROLLED] = Controls(service, app[_CONTRACT])
+        app[_AGENTS] = Agents(app[_CONTRACT])
         yield
     finally:
         await store.close()
