@@ -164,6 +164,7 @@ def api_settings_of(settings: Settings) -> api.ApiSettings:
         tokens=tokens,
         body_limit=settings.http.body_limit_bytes,
         otlp_operations=frozenset(map(str.lower, settings.otlp.operations)),
+        otlp_body_limit=settings.otlp.body_limit_bytes,
     )
 
 

@@ -108,11 +108,8 @@ class Otlp:
         return await self._intake.submit(SOURCE, deliveries)
 
     async def _body(self, request: web.Request) -> bytes:
-        limit = self._settings.body_limit
-        try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            _too_large(limit)
+        limit = self._settings.otlp_body_limit
+        body = await _read(request, limit)
         if request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower() != GZIP:
             return body
         return unpacked(body, limit)
@@ -129,6 +126,21 @@ class Otlp:
                 operation=printable(operation, 100),
                 next="add it to otlp.operations if it calls a model",
             )
+
+
+async def _read(request: web.Request, limit: int) -> bytes:
+    """Read a body of at most `limit` bytes, which is more than other calls take.
+
+    Raises `Problem`.
+    """
+    if request.content.at_eof():  # There is none, or somebody has read it before.
+        return await request.read()
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            _too_large(limit)
+    return bytes(body)
 
 
 def unpacked(body: bytes, limit: int) -> bytes:
@@ -149,7 +161,7 @@ def unpacked(body: bytes, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> NoReturn:
-    detail = f"the body has more than {limit} bytes (http.body_limit); send smaller batches"
+    detail = f"the body has more than {limit} bytes (otlp.body_limit); send smaller batches"
     raise Problem(413, "body-too-large", detail)
 
 
