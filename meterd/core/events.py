@@ -91,10 +91,10 @@ class UsageEvent(msgspec.Struct, gc=False, omit_defaults=True):
     hold: str = ""
     signature: str = ""
     specversion: str = ""
-    subject: str = ""
-    datacontenttype: str = ""
+    subject: str | None = ""  # What a CloudEvent leaves out may be null, too.
+    datacontenttype: str | None = ""
     data: msgspec.Raw = NO_DATA
-    data_base64: str = ""
+    data_base64: str | None = ""
     sequence: int | str = ""
 
 

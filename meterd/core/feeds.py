@@ -111,7 +111,7 @@ def unwrap(event: UsageEvent) -> Why | None:
             event.agreement = event.subject
         elif event.agreement != event.subject:
             return Reason.MISMATCH, "subject and agreement name different agreements"
-    if not _is_json(event.datacontenttype):
+    if event.datacontenttype and not _is_json(event.datacontenttype):
         kind = printable(event.datacontenttype, 80)
         return Reason.MALFORMED, f"datacontenttype: {kind} cannot be read; send application/json"
     if event.data_base64:
@@ -125,7 +125,7 @@ def unwrap(event: UsageEvent) -> Why | None:
 
 def _is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
-    return kind in {"", "application/json", "text/json"} or kind.endswith("+json")
+    return kind in {"application/json", "text/json"} or kind.endswith("+json")
 
 
 def open_usage(event: UsageEvent) -> Why | None:

@@ -460,6 +460,15 @@ def test_a_cloudevent_that_is_none_is_rejected_with_its_attribute(fields, expect
     assert why(till(), completion(**fields)).startswith(expected)
 
 
+def test_what_an_event_leaves_out_may_be_null():
+    """As OpenMeter's own clients write it."""
+    one = json.loads(completion())
+    nulls = dict.fromkeys(("datacontenttype", "data_base64", "dataschema", "time"))
+    entry = till().take([json.dumps({**one, **nulls}).encode(), completion()])
+    assert (entry.accepted, entry.duplicates) == (1, 1)
+    assert why(till(), json.dumps({**one, "subject": None}).encode()).startswith("unknown_agr")
+
+
 @pytest.mark.parametrize(
     "kind", ["application/json", "text/json; charset=utf-8", "application/x+json"]
 )
