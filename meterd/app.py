@@ -30,6 +30,7 @@ from meterd.core.events import EventDecoder
 from meterd.core.ledger import Conflict, Ledger
 from meterd.core.money import MICROS, format_amount, format_exact
 from meterd.core.plans import Plan
+from meterd.core.sequences import Sequences
 from meterd.errors import (
     ConfigurationError,
     InvariantBroken,
@@ -372,11 +373,27 @@ async def _open_books(
         sequences=Sequences(state.producers, state.numbers_from),
         producers=producers_of(settings),
     )
+    bookkeeper.notary = _notary(settings, state)
     _check_agreements(ledger, ledger.plans, settings)
     await bookkeeper.start()
     await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.
     await _bind(bookkeeper, settings)
     return bookkeeper
+
+
+def _notary(settings: Settings, state: State) -> Notary:
+    """Have receipts signed with the key of this state directory; the first start makes it."""
+    key, new = key_in(Path(settings.daemon.data_dir))
+    logs.hide(key.private_bytes_raw().hex())
+    notary = Notary(key, state.receipts)
+    if new and state.receipts:
+        log.warning(
+            "The key that signed the receipts is gone: from now on they are signed with a new one.",
+            action="receipts_key_made",
+            key=notary.public,
+            next=f"put your copy of {KEY_NAME} back, or tell the payers the new key",
+        )
+    return notary
 
 
 def _check_agreements(ledger: Ledger, plans: Mapping[str, Plan], settings: Settings) -> None:
@@ -556,6 +573,8 @@ class Daemon:
                 dead_letters=lambda: self._bookkeeper.dead_letters,
                 holds=lambda: self._bookkeeper.holds.total,
                 store_bytes=lambda: self._store.stats().bytes,
+                missing=lambda: self._bookkeeper.sequences.missing,
+                given_up=lambda: self._bookkeeper.sequences.given_up,
             )
         )
         app = api.build(

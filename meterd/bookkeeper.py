@@ -39,6 +39,8 @@ from meterd.core.changes import (
     Hold,
     JournalEntry,
     MarkBlock,
+    ProducerRow,
+    ReceiptRow,
     Taken,
     TakenBlock,
     VoidRow,
@@ -50,6 +52,15 @@ from meterd.core.meters import Meter
 from meterd.core.money import format_amount
 from meterd.core.openings import Opening
 from meterd.core.plans import AtClose, Plan
+from meterd.core.sequences import (
+    Counted,
+    Known,
+    Noted,
+    Sequences,
+    number_of,
+    take_numbers,
+    time_of,
+)
 from meterd.core.settlement import (
     LIVE,
     Alarm,
@@ -70,10 +81,12 @@ from meterd.core.settlement import (
     Rules,
     step,
 )
+from meterd.core.statements import CLOSE, KINDS, statement
 from meterd.core.thresholds import due, next_look
 from meterd.errors import InvariantBroken, NotFound, Refused
 from meterd.logs import get_logger
 from meterd.producers import Producer, Producers, kept, taken_out
+from meterd.receipts import Notary
 from meterd.signatures import outcome_flaw
 from meterd.sources import Deliveries
 
@@ -85,6 +98,7 @@ REFILL_LOOK_S = 2.0
 HOLD_SOURCE = "hold"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
+_TOO_OLD = "is older than the dedupe window, and its number does not tell whether it is new"
 # No id is written so either. Marks what an event added to its second counter, and so on.
 _PART = "\x02"
 
@@ -128,6 +142,11 @@ class Store(Protocol):
 
     async def dead_letter(self, number: int) -> DeadLetter | None:
         """Find one dead letter."""
+
+    async def receipts(
+        self, agreement: str, *, limit: int = 100, after: int = 0
+    ) -> Sequence[ReceiptRow]:
+        """List an agreement's receipts, oldest first, with numbers above `after`."""
 
     async def find_taken(self, digest: bytes) -> list[Taken]:
         """Find what the event of an identity added; more than one: it cannot be told which."""
@@ -251,6 +270,7 @@ class Bookkeeper:
         holds: Sequence[Hold] = (),
         voids: Sequence[VoidRow] = (),
         void_next: int = 1,
+        sequences: Sequences | None = None,
         producers: Producers | None = None,
     ) -> None:
         self.ledger = ledger
@@ -261,6 +281,7 @@ class Bookkeeper:
         self.positions = dict(positions)
         self.dead_letters = dead_letters
         self.pending = 0  # Deliveries that are applied and not yet durable.
+        self.notary: Notary | None = None  # None: no receipts are made.
         self.watcher: Watcher | None = None  # None: nobody watches.
         self.due_changed = asyncio.Event()
         self._due: dict[str, None] = {}  # Escrows that want a visit, oldest first.
@@ -276,6 +297,7 @@ class Bookkeeper:
         self._dead_letter_next = dead_letter_next
         self._letters_lock = asyncio.Lock()
         self.holds = Holds(holds)
+        self.sequences = Sequences() if sequences is None else sequences
         self._holds_gone: list[str] = []  # Expired, and still to be taken off the disk.
         self._voids = deque(voids)
         self._void_next = void_next
@@ -306,10 +328,12 @@ class Bookkeeper:
         resolved = self.ledger.resolve(decoded, deliveries.ids, source, oldest, now)
         if senders is not None:
             _refuse_foreign(resolved, senders)
+        numbers = take_numbers(resolved.events)
         digest, fingerprint = self._identities.digest, self._identities.fingerprint
         digests = [digest(event.source, event.id) for event in resolved.events]
         prints = [fingerprint(content) for content in contents(resolved.events)]
         known = self._identities.find(b"".join(digests))
+        known = self._judge_late(resolved, numbers, prints, known, replaces, now)
         voided = self._look_up_voids(resolved, digests) if resolved.special else {}
         if resolved.special:
             self._refuse_unsigned(resolved)
@@ -327,6 +351,7 @@ class Bookkeeper:
                 [0] * len(voids),
                 [now // HOUR_MS] * len(voids),
             )
+        noted = self._note_numbers(resolved, entry, numbers, replaces, now)
         touched = self.ledger.apply(entry, now)
         received = len(deliveries.payloads)
         if entry.accepted + entry.duplicates + len(entry.rejections) != received:
@@ -349,6 +374,9 @@ class Bookkeeper:
             dead_letters_gone=gone,
             positions=() if deliveries.position is None else ((source, deliveries.position),),
             escrows=tuple(closing),
+            producers=noted.kept,
+            producers_gone=noted.gone,
+            numbers_from=noted.numbers_from,
         )
         durable = self._commit(change, received)
         # 5. Tell.
@@ -439,6 +467,76 @@ class Bookkeeper:
             extras,
         )
 
+    def _judge_late(
+        self,
+        resolved: ResolvedBatch,
+        numbers: Mapping[int, int],
+        prints: Sequence[int],
+        known: Sequence[int],
+        replaces: DeadLetter | None,
+        now: int,
+    ) -> Sequence[int]:
+        """Tell by their numbers which events that are too old were counted before.
+
+        Those that were not are new; where the numbers do not tell, an event waits for a person. One
+        that a person tries again is counted unless its number shows that it was.
+        """
+        if not resolved.late and (replaces is None or not numbers):
+            return known
+        oldest = self._oldest(now)
+        verdicts = list(known)
+        new: set[tuple[str, int | None]] = set()
+        for place, (index, event) in enumerate(zip(resolved.indices, resolved.events, strict=True)):
+            at, number = time_of(event), numbers.get(place)
+            if at is None or at >= oldest or known[place] >= 0 or index in resolved.refused:
+                continue
+            says = Known.UNKNOWN
+            if number is not None:
+                says = self.sequences.judge(event.source, number, at)
+            if says is Known.SEEN or (event.source, number) in new:
+                verdicts[place] = prints[place]
+            elif says is Known.MISSING:
+                new.add((event.source, number))
+            elif replaces is None:
+                resolved.refused[index] = Reason.LATE, f"{event.time} {_TOO_OLD}"
+        return verdicts
+
+    def _note_numbers(
+        self,
+        resolved: ResolvedBatch,
+        entry: Entry,
+        numbers: Mapping[int, int],
+        replaces: DeadLetter | None,
+        now: int,
+    ) -> Noted:
+        """Note the numbers of what is counted now or was before; a rejected one stays missing."""
+        if not numbers:
+            return Noted()
+        rejected = {rejection.index for rejection in entry.rejections}
+        counted: dict[str, list[Counted]] = {}
+        for place, number in numbers.items():
+            fresh = entry.fresh is None or entry.fresh[place]
+            event = resolved.events[place]
+            at = time_of(event)
+            # When an event without a time came first, nobody knows any more.
+            if resolved.indices[place] in rejected or (at is None and not fresh):
+                continue
+            if replaces is not None:
+                at, fresh = at or replaces.received_at, False
+            counted.setdefault(event.source, []).append((number, now if at is None else at, fresh))
+        noted = self.sequences.note(counted, now)
+        for name in noted.began:
+            if self.sequences.is_exact(name):
+                log.info("A producer numbers anew.", action="numbers_anew", producer=name)
+        for name in noted.blurred:
+            log.warning(
+                "A producer uses numbers twice: its late events wait for a person.",
+                action="numbers_twice",
+                producer=name,
+                next="meterd producers",
+            )
+        return noted
+
     def _letters(
         self,
         source: str,
@@ -519,6 +617,22 @@ class Bookkeeper:
         await self._durable(Change(holds=(hold,)))
         return verdict, hold
 
+    def live_hold(self, hold_id: str) -> Hold | None:
+        """Find a hold that is live now."""
+        self._expire_holds(self.clock.wall())
+        return self.holds.get(hold_id)
+
+    async def authorized(self, account: Account, hold: Hold) -> Verdict:
+        """Say once more what was said when a live hold was made; it is durable at the return."""
+        ask = Ask(hold.meter, hold.quantity, dict(hold.dimensions))
+        room = self.holds.judge(self.ledger, account, ask, self.clock.wall()).headroom
+        await self._durable(Change())  # The hold itself may still be on its way to the disk.
+        return Verdict(
+            allowed=True,
+            needed=hold.amount,
+            headroom=None if room is None else room + hold.amount,
+        )
+
     def _look_for_refill(self, account: Account) -> None:
         """Read a payer's wallet again, now that the gate denies: he may have filled it up."""
         for escrow in self._open_escrows(account):
@@ -536,22 +650,6 @@ class Bookkeeper:
             "id": hold.id,
             "source": HOLD_SOURCE,
             "agreement": hold.agreement,
-    def live_hold(self, hold_id: str) -> Hold | None:
-        """Find a hold that is live now."""
-        self._expire_holds(self.clock.wall())
-        return self.holds.get(hold_id)
-
-    async def authorized(self, account: Account, hold: Hold) -> Verdict:
-        """Say once more what was said when a live hold was made; it is durable at the return."""
-        ask = Ask(hold.meter, hold.quantity, dict(hold.dimensions))
-        room = self.holds.judge(self.ledger, account, ask, self.clock.wall()).headroom
-        await self._durable(Change())  # The hold itself may still be on its way to the disk.
-        return Verdict(
-            allowed=True,
-            needed=hold.amount,
-            headroom=None if room is None else room + hold.amount,
-        )
-
             "meter": hold.meter,
             "quantity": quantity,
             "dimensions": dict(hold.dimensions),
@@ -748,10 +846,36 @@ class Bookkeeper:
 
     async def discard(self, number: int, actor: str, reason: str) -> None:
         """Throw a dead letter away, for a reason that is journalled. Raises `NotFound`."""
-        async with self._letter(number):
+        async with self._letter(number) as letter:
             self.dead_letters -= 1
             entry = self._journal(actor, "dead_letter_discarded", f"dead letter {number}", reason)
-            await self._durable(Change(dead_letters_gone=(number,), journal=(entry,)))
+            change = Change(dead_letters_gone=(number,), journal=(entry,))
+            await self._durable(replace(change, producers=self._awaited_no_more(letter)))
+
+    def _awaited_no_more(self, letter: DeadLetter) -> tuple[ProducerRow, ...]:
+        """Note that nobody waits for the number of a discarded letter."""
+        event = self._decoder.decode([letter.payload])[0]
+        if isinstance(event, Rejection):
+            return ()
+        number = number_of(event.sequence)
+        if number is None:
+            return ()
+        at = time_of(event) or letter.received_at
+        source, now = event.source or letter.source, self.clock.wall()
+        row = self.sequences.discard(source, number, at, now)
+        return () if row is None else (row,)
+
+    async def give_up(self, source: str, actor: str, reason: str) -> None:
+        """Wait no more for what is missing of a producer. Raises `NotFound`, `Refused`."""
+        producer = self.sequences.producer(source)
+        if producer is None:
+            raise NotFound(f"{source!r} numbers no events; see who does: meterd producers")
+        missing = producer.missing
+        row = self.sequences.give_up(source)
+        if row is None:
+            raise Refused(f"nothing of {source} is missing")
+        entry = self._journal(actor, "numbers_given_up", source, f"{missing}: {reason}")
+        await self._durable(Change(producers=(row,), journal=(entry,)))
 
     @contextlib.asynccontextmanager
     async def _letter(self, number: int) -> AsyncIterator[DeadLetter]:
@@ -921,6 +1045,7 @@ class Bookkeeper:
             agreements=self._interval(account, after, effects),
             escrows=() if stored(before) == stored(after) else (after,),
             releases=tuple(effect.release for effect in effects if isinstance(effect, Record)),
+            receipts=self._receipts(account, before, after, effects),
             journal=tuple(entries),
         )
         if change != Change():
@@ -932,6 +1057,26 @@ class Bookkeeper:
         if asked is not None and after.total and not after.held and not after.payable(asked):
             del self._asked[escrow]  # All that was owed when it was asked for is paid.
         return [effect for effect in effects if not isinstance(effect, Record | Alarm)]
+
+    def _receipts(
+        self, account: Account, before: Escrow, after: Escrow, effects: Effects
+    ) -> tuple[ReceiptRow, ...]:
+        """Make a receipt of each release that was paid, and one of the agreement's end."""
+        if self.notary is None:
+            return ()
+        wanted: list[tuple[str, Release | None]] = [
+            (KINDS[effect.release.status], effect.release)
+            for effect in effects
+            if isinstance(effect, Record) and effect.release.status in KINDS
+        ]
+        ended = EscrowStatus.CLOSED in {after.status} - {before.status}
+        if ended and self.ledger.is_closed(account):
+            wanted.append((CLOSE, None))
+        now = self.clock.wall()
+        return tuple(
+            self.notary.receipt(statement(self.ledger, account, kind, now, release))
+            for kind, release in wanted
+        )
 
     def _put(self, escrow: str, event: Input) -> tuple[Escrow, Effects]:
         after, effects = step(self.ledger.escrows[escrow], event, self.rules)

@@ -146,6 +146,8 @@ class Reads:
     dead_letters: Callable[[], int]
     holds: Callable[[], int]  # Micros.
     store_bytes: Callable[[], int]
+    missing: Callable[[], int] = lambda: 0  # Numbers of producers that number their events.
+    given_up: Callable[[], int] = lambda: 0
 
 
 class Metrics:
@@ -409,6 +411,10 @@ class _AtScrape(Collector):
         yield from _sources(self._reads.sources())
         yield _gauge("holds_usdc", "Set aside for work under way.", _usdc(self._reads.holds()))
         yield _gauge("dead_letters", "Rejected deliveries kept.", self._reads.dead_letters())
+        missing = float(self._reads.missing())
+        yield _gauge("sequence_missing", "Numbered events that have not come.", missing)
+        given_up = float(self._reads.given_up())
+        yield _counter("sequence_given_up", "Of these, waited for no more.", given_up)
         yield _gauge("store_bytes", "Size of the store on the disk.", self._reads.store_bytes())
 
 

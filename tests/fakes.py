@@ -17,6 +17,7 @@ from meterd.core.changes import (
     DeadLetter,
     JournalEntry,
     MarkBlock,
+    ReceiptRow,
     Taken,
     TakenBlock,
 )
@@ -70,6 +71,7 @@ class FakeStore:
         self.agreements: dict[str, AgreementRow] = {}
         self.escrows: dict[str, Escrow] = {}
         self.entries: list[JournalEntry] = []
+        self.receipt_rows: list[ReceiptRow] = []
         self.blocks: list[TakenBlock] = []
         self.letters: dict[int, DeadLetter] = {}
         self._releases: dict[str, Release] = {}
@@ -89,6 +91,12 @@ class FakeStore:
     def fail(self, error: BaseException) -> None:
         """Make every further commit fail with this."""
         self._error = error
+
+    async def receipts(
+        self, agreement: str, *, limit: int = 100, after: int = 0
+    ) -> list[ReceiptRow]:
+        mine = [row for row in self.receipt_rows if row.agreement == agreement]
+        return [row for row in mine if row.number > after][:limit]
 
     async def find_taken(self, digest: bytes) -> list[Taken]:
         return [
@@ -126,6 +134,7 @@ class FakeStore:
         for number in change.dead_letters_gone:
             self.letters.pop(number, None)
         self.entries.extend(change.journal)
+        self.receipt_rows.extend(change.receipts)
         self.blocks.extend(change.taken)
         future.set_result(None)
 
@@ -283,7 +292,7 @@ def make_bookkeeper(
     return Bookkeeper(
         Ledger(make_plans(), METERS),
         store,
-        identities or FakeIdentities(),
+        FakeIdentities() if identities is None else identities,
         Rules(observe_gap=1.0, quarantine=60.0),
         clock or FakeClock(),
         facts or NoFacts(),

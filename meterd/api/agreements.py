@@ -17,7 +17,7 @@ from meterd.api.overview import balance, spokesman, state_word
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
-from meterd.api.views import Document, agreement_view, counter_view, release_view
+from meterd.api.views import Document, agreement_view, counter_view, receipt_view, release_view
 from meterd.api.wire import (
     Call,
     Page,
@@ -75,6 +75,8 @@ class Agreements:
             Call("GET", one, Scope.READ, self._get),
             Call("GET", f"{one}/usage", Scope.READ, self._usage),
             Call("GET", f"{one}/releases", Scope.READ, self._releases),
+            Call("GET", f"{one}/receipts", Scope.READ, self._receipts),
+            Call("GET", "/v1/receipts/key", Scope.READ, self._key),
             Call("PUT", one, Scope.ADMIN, self._bind),
             Call("POST", f"{one}/settle", Scope.ADMIN, self._settle),
             Call("POST", f"{one}/close", Scope.ADMIN, self._close),
@@ -136,6 +138,22 @@ class Agreements:
         shown = releases[: page.limit]
         views = [release_view(release, account.agreement.id) for release in shown]
         return page_answer(views, shown[-1].id if len(releases) > page.limit else None)
+
+    async def _receipts(self, request: web.Request) -> web.Response:
+        """List them oldest first: the order in which they are chained."""
+        account, page = self._account(request), read_page(request)
+        rows = await self._bookkeeper.store.receipts(
+            account.agreement.id, limit=page.limit + 1, after=page.number
+        )
+        shown = rows[: page.limit]
+        following = str(shown[-1].number) if len(rows) > page.limit else None
+        return page_answer([receipt_view(row) for row in shown], following)
+
+    async def _key(self, _: web.Request) -> web.Response:
+        notary = self._bookkeeper.notary
+        if notary is None:
+            raise NotFound("this daemon makes no receipts")
+        return json_answer({"algorithm": "Ed25519", "key": notary.public})
 
     # -- Acting ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Looking changes nothing.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -16,7 +17,7 @@ from meterd.api.wire import iso_time
 from meterd.bookkeeper import Journalled
 from meterd.core.accounts import Account, Counter
 from meterd.core.advice import next_command
-from meterd.core.changes import DeadLetter
+from meterd.core.changes import DeadLetter, ReceiptRow
 from meterd.core.ledger import Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
 from meterd.core.plans import Plan
@@ -91,6 +92,17 @@ def release_view(release: Release, agreement: str | None) -> Document:
             {"at": iso_time(at), "status": status, "detail": detail}
             for at, status, detail in release.history
         ],
+    }
+
+
+def receipt_view(row: ReceiptRow) -> Document:
+    """Show a receipt. What is signed is the statement in its canonical form."""
+    return {
+        "number": row.number,
+        "at": iso_time(row.at),
+        "statement": json.loads(row.statement),
+        "hash": row.hash.hex(),
+        "signature": base64.b64encode(row.signature).decode("ascii"),
     }
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from meterd.audit.books import Books
 from meterd.audit.findings import BREAKS_MAX, Findings
 from meterd.audit.journal import check_journal
+from meterd.audit.receipts import check_receipts
 from meterd.audit.usage import check_holds, check_taken
 
 MARK_BYTES = 20  # Eight of key, eight of rest, four of fingerprint.
@@ -22,6 +23,7 @@ MARK_BYTES = 20  # Eight of key, eight of rest, four of fingerprint.
 GUARDS = frozenset(
     {"release_unfinished", "release_stays", "release_kept", "journal_stays", "journal_kept"}
 )
+GUARDS_OF_2 = frozenset({"receipt_stays", "receipt_kept"})
 
 Settings = dict[str, Any]
 Keys = npt.NDArray[np.uint64]
@@ -31,7 +33,7 @@ def check_records(connection: sqlite3.Connection, books: Books, findings: Findin
     """Check all that stands in rows of its own."""
     settings: Settings = dict(connection.execute("SELECT name, value FROM setting"))
     _check_file(connection, findings)
-    _check_guards(connection, findings)
+    _check_guards(connection, GUARDS | GUARDS_OF_2 if books.version > 1 else GUARDS, findings)
     _check_numbers(books, findings)
     check_journal(connection, settings, books, findings)
     _check_marks(connection, settings, books, findings)
@@ -39,6 +41,7 @@ def check_records(connection: sqlite3.Connection, books: Books, findings: Findin
     if books.version > 1:
         check_taken(connection, settings.get("marks_from", 0), books, findings)
         check_holds(connection, findings)
+        check_receipts(connection, books, findings)
 
 
 def _check_file(connection: sqlite3.Connection, findings: Findings) -> None:
@@ -49,10 +52,12 @@ def _check_file(connection: sqlite3.Connection, findings: Findings) -> None:
         findings.broke("references", f"{table} {rowid or ''}".strip(), f"it names no {parent}")
 
 
-def _check_guards(connection: sqlite3.Connection, findings: Findings) -> None:
+def _check_guards(
+    connection: sqlite3.Connection, guards: frozenset[str], findings: Findings
+) -> None:
     """One open release an escrow, fixed amounts, a journal that only grows: rules of the file."""
     there = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-    for name in sorted(GUARDS - there):
+    for name in sorted(guards - there):
         findings.broke("guards", name, "this rule of the database was taken away")
 
 

@@ -10,7 +10,8 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,13 +27,26 @@ if TYPE_CHECKING:
     from meterd.audit import Audit, Books, Shown
     from meterd.config import Settings
     from meterd.escrow.service import PaymentService
+    from meterd.receipts import Checked
 
 ASKED_AT_ONCE = 4  # A service that limits what it is asked should not notice an audit.
 SHOWN_MAX = 50  # Breaks on a terminal; --json has more.
 NEEDS_A_PERSON = 3
+KEY_DIGITS = 64
 
 
 def verify(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RECEIPTS]...",
+            help="Check receipts in these files instead, as the API gives them; - is the input.",
+        ),
+    ] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option("--key", metavar="HEX", help="Who may have signed receipts: a public key."),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option("--data-dir", metavar="DIR", help="A state directory without a daemon on it."),
@@ -47,7 +61,17 @@ def verify(
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
-    """Work out every sum again, apart from the daemon's code; exit 3 when one does not agree."""
+    """Work out every sum again, apart from the daemon's code; exit 3 when one does not agree.
+
+    With files: follow the chain of each agreement's receipts, with no daemon and no network.
+    """
+    if files:
+        if data_dir is not None or backup_file is not None or live:
+            raise WrongUse("files of receipts are checked by themselves: name no store with them")
+        _receipts(files, _public(keys or []), as_json=as_json)
+        return
+    if keys:
+        raise WrongUse("--key is for files of receipts: meterd verify FILE --key HEX")
     from meterd.audit import audit
 
     if data_dir is not None and backup_file is not None:
@@ -201,6 +225,60 @@ def _lines(found: Audit) -> list[str]:
     else:
         lines.append("Everything agrees.")
     return lines
+
+
+# -- Receipts ------------------------------------------------------------------------------------
+
+
+def _public(keys: Sequence[str]) -> list[str]:
+    texts = [key.strip().lower() for key in keys]
+    if any(len(text) != KEY_DIGITS or set(text) - set("0123456789abcdef") for text in texts):
+        raise WrongUse("--key takes the 64 hexadecimal digits of GET /v1/receipts/key")
+    return texts
+
+
+def _receipts(files: Sequence[Path], keys: Sequence[str], *, as_json: bool) -> None:
+    from meterd.receipts import NoReceipts, check, read
+
+    found = []
+    for file in files:
+        try:
+            text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            found += read(text)
+        except OSError as error:
+            raise WrongUse(f"{file} cannot be read: {error.strerror}") from None
+        except NoReceipts as error:
+            raise WrongUse(f"{file} holds no receipts: {error}") from None
+    checked = check(found, keys)
+    if as_json:
+        print_json(
+            {
+                "agrees": not checked.broken,
+                "keys": sorted(checked.keys),
+                "chains": [asdict(chain) for chain in checked.chains.values()],
+            }
+        )
+    else:
+        sys.stdout.write("".join(f"{plain(line)}\n" for line in _chains(checked, keys)))
+    if checked.broken:
+        raise typer.Exit(NEEDS_A_PERSON)
+
+
+def _chains(checked: Checked, keys: Sequence[str]) -> list[str]:
+    lines = []
+    for chain in checked.chains.values():
+        if chain.last:
+            lines.append(
+                f"agrees     {chain.agreement}: receipts {chain.first:,} to {chain.last:,}, accrued"
+                f" {chain.accrued}, released {chain.released} USDC"
+            )
+        if chain.first > 1:
+            lines.append(f"note       {chain.agreement}: those before are not here")
+        if chain.broken:
+            lines.append(f"BROKEN     {chain.broken}")
+    if not keys:
+        lines += [f"signed by  {key}; hold it against the seller's" for key in sorted(checked.keys)]
+    return lines or ["There is no receipt in it."]
 
 
 # -- A copy --------------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ class ResolvedBatch:
     10^-21 USDC, sample `keys` of meters that are not additive, `parts`, and the `holds` that are
     captured. By the delivery's index, `fed` notes what a typed event feeds until its identity is
     known, and `refused` says why an event is rejected unless it turns out to be a duplicate.
-    `special`: there are events of special types.
+    `special`: there are events of special types; `late` are those, by the delivery's index, that
+    are too old but have a number.
     """
 
     rejections: list[Rejection] = field(default_factory=list)
@@ -216,6 +217,7 @@ class ResolvedBatch:
     fed: dict[int, list[tuple[Counter, int, str]]] = field(default_factory=dict)
     holds: dict[int, str] = field(default_factory=dict)
     refused: dict[int, Why] = field(default_factory=dict)
+    late: set[int] = field(default_factory=set)
     special: bool = False
 
 

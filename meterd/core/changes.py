@@ -150,6 +150,19 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """A receipt, kept for ever. Key: agreement and number."""
+
+    agreement: str
+    number: int  # From 1 without gaps.
+    at: int  # Wall ms.
+    release: str  # The id of the release that it is for; "" of one that closes.
+    statement: str  # Canonical JSON: what is hashed and signed.
+    hash: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class JournalEntry:
     """An act that a person or a program must be able to look up later."""
 
@@ -179,6 +192,7 @@ class Change:
     positions: tuple[tuple[str, str], ...] = ()  # (source, position)
     escrows: tuple[Escrow, ...] = ()
     releases: tuple[Release, ...] = ()
+    receipts: tuple[ReceiptRow, ...] = ()
     openings: tuple[Opening, ...] = ()
     producers: tuple[ProducerRow, ...] = ()
     producers_gone: tuple[str, ...] = ()
@@ -204,6 +218,8 @@ class State:
     # Those whose escrow is not bound: unfinished, absent, or locked a moment before a crash.
     openings: list[Opening] = field(default_factory=list)
     opened: frozenset[str] = frozenset()  # Agreements that meterd itself has locked an escrow for.
+    # The number and the hash of each agreement's last receipt.
+    receipts: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
     producers: list[ProducerRow] = field(default_factory=list)
     numbers_from: int = 0

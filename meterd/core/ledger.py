@@ -752,10 +752,14 @@ class Ledger:
                 bucket = now_bucket
             else:
                 seconds = time.timestamp()
-                if not oldest_s <= seconds <= newest_s:
+                if oldest_s <= seconds <= newest_s:
+                    bucket = int(seconds) // 3600
+                elif event.sequence == "" or seconds > newest_s:
                     rejections.append(_untimely(index, event, early=seconds > newest_s))
                     continue
-                bucket = int(seconds) // 3600
+                else:
+                    bucket = now_bucket  # Its number decides: it is remembered from now on.
+                    found.late.add(index)
             # 4. The quantity.
             if counter is None:
                 quantity = event.quantity = 0

@@ -74,6 +74,16 @@ class Noted:
     blurred: list[str] = field(default_factory=list)
     numbers_from: int | None = None
 
+    @property
+    def kept(self) -> tuple[ProducerRow, ...]:
+        """The rows to be stored."""
+        return tuple(row for row in self.rows.values() if row is not None)
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """The producers that are forgotten."""
+        return tuple(source for source, row in self.rows.items() if row is None)
+
 
 @dataclass(eq=False, slots=True)
 class Producer:
@@ -277,6 +287,21 @@ class Sequences:
         producer.give_up(0)
         self._add_up(producer, missing, given_up, 0)
         return producer.row
+
+    def discard(self, source: str, number: int, at: int, wall: int) -> ProducerRow | None:
+        """Wait no more for one event, which a person has thrown away; None: nobody does."""
+        producer = self._producers.get(source)
+        if producer is None or not producer.owns(number, at) or number > producer.last:
+            return None
+        missing = producer.missing
+        producer.count(number, at, fresh=False)
+        self._add_up(producer, missing, producer.given_up, wall)
+        return producer.row
+
+    def is_exact(self, source: str) -> bool:
+        """Whether the numbers of a producer decide about its late events."""
+        producer = self._producers.get(source)
+        return producer is not None and producer.exact
 
     def _meet(self, source: str, events: Sequence[Counted], wall: int) -> Producer | None:
         """Begin to know a producer, by a new event: what comes again was counted before."""

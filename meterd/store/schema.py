@@ -27,6 +27,7 @@ from meterd.core.changes import (
     JournalEntry,
     MarkBlock,
     ProducerRow,
+    ReceiptRow,
     SampleRow,
     VoidRow,
 )
@@ -248,6 +249,21 @@ BEGIN SELECT RAISE(ABORT, 'an opening never changes what was asked for'); END;
 CREATE TRIGGER opening_kept BEFORE DELETE ON opening
 BEGIN SELECT RAISE(ABORT, 'an opening is never deleted'); END;
 
+CREATE TABLE receipt (
+    agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
+    number INTEGER NOT NULL CHECK (number > 0),
+    at INTEGER NOT NULL,
+    release TEXT NOT NULL,
+    statement TEXT NOT NULL,
+    hash BLOB NOT NULL CHECK (length(hash) = 32),
+    signature BLOB NOT NULL CHECK (length(signature) = 64),
+    PRIMARY KEY (agreement, number)
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER receipt_stays BEFORE UPDATE ON receipt
+BEGIN SELECT RAISE(ABORT, 'a receipt never changes'); END;
+CREATE TRIGGER receipt_kept BEFORE DELETE ON receipt
+BEGIN SELECT RAISE(ABORT, 'a receipt is never deleted'); END;
+
 CREATE TABLE hold (
     id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
     agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
@@ -330,6 +346,7 @@ _OPENING = (
     "id agreement plan payer role amount provider hours memo why status created_at changed_at"
     " escrow detail"
 )
+_RECEIPT = "agreement number at release statement hash signature"
 _DEAD_LETTER = "number source event_id reason detail payload transport_id fields received_at"
 _JOURNAL = "number at actor action subject detail hash"
 
@@ -345,6 +362,7 @@ _PUT_PRODUCER = Upsert("producer", _PRODUCER, "source")
 _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
 _PUT_OPENING = Upsert("opening", _OPENING, "id")
+_PUT_RECEIPT = Upsert("receipt", _RECEIPT, "agreement number", replace=False)
 _PUT_DEAD_LETTER = Upsert("dead_letter", _DEAD_LETTER, "number")
 _PUT_POSITION = Upsert("position", "source position", "source")
 _PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
@@ -358,6 +376,7 @@ PRODUCER_COLUMNS = _PRODUCER.replace(" ", ", ")
 ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
 OPENING_COLUMNS = _OPENING.replace(" ", ", ")
+RECEIPT_COLUMNS = _RECEIPT.replace(" ", ", ")
 DEAD_LETTER_COLUMNS = _DEAD_LETTER.replace(" ", ", ")
 JOURNAL_COLUMNS = _JOURNAL.replace(" ", ", ")
 
@@ -382,6 +401,7 @@ class Rows:
     holds: dict[str, Hold | None] = field(default_factory=dict)  # None: gone.
     escrows: dict[str, Escrow] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
+    receipts: list[ReceiptRow] = field(default_factory=list)
     openings: dict[str, Opening] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
     marks: dict[int, list[MarkBlock]] = field(default_factory=dict)
@@ -418,6 +438,7 @@ class Rows:
             self.escrows[escrow.id] = escrow
         for release in change.releases:
             self.releases[release.id] = release
+        self.receipts += change.receipts
         self.openings.update({opening.id: opening for opening in change.openings})
         self.positions.update(change.positions)
         for block in change.marks:
@@ -454,6 +475,7 @@ class Rows:
         # What is finished goes first: it may make room for the escrow's next one.
         by_state = sorted(self.releases.values(), key=lambda row: row.status in UNFINISHED)
         _PUT_RELEASE.put(connection, [_release(row) for row in by_state])
+        _PUT_RECEIPT.put(connection, [_receipt(row) for row in self.receipts])
         _PUT_OPENING.put(connection, [_opening(row) for row in self.openings.values()])
         _PUT_POSITION.put(connection, list(self.positions.items()))
         _PUT_DEAD_LETTER.put(connection, [_dead_letter(row) for row in self.dead_letters.values()])
@@ -633,6 +655,11 @@ def _release(row: Release) -> Row:
         changed_at,
         _json([(at, status, _text(detail)) for at, status, detail in row.history]),
     )
+
+
+def _receipt(row: ReceiptRow) -> Row:
+    number, hash_, signature = row.number, row.hash, row.signature
+    return row.agreement, number, row.at, row.release, row.statement, hash_, signature
 
 
 def _opening(row: Opening) -> Row:

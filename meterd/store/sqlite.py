@@ -45,6 +45,7 @@ from meterd.core.changes import (
     DeadLetter,
     JournalEntry,
     MarkBlock,
+    ReceiptRow,
     State,
     Taken,
 )
@@ -317,6 +318,19 @@ class SqliteStore:
             return [Journalled(row[0], JournalEntry(*row[1:6]), row[6]) for row in rows]
 
         return await self._ask(query)
+
+    async def receipts(
+        self, agreement: str, *, limit: int = 100, after: int = 0
+    ) -> list[ReceiptRow]:
+        """List an agreement's receipts, oldest first, at most 1,000, with numbers above `after`."""
+        text = (
+            f"SELECT {schema.RECEIPT_COLUMNS} FROM receipt"  # noqa: S608  # No text from outside.
+            " WHERE agreement = ? AND number > ? ORDER BY number LIMIT ?"
+        )
+        values = agreement, after, max(0, min(limit, LIST_MAX))
+        return await self._ask(
+            lambda connection: [ReceiptRow(*row) for row in connection.execute(text, values)]
+        )
 
     async def find_taken(self, digest: bytes) -> list[Taken]:
         """Find what events of this identity added: one, unless two share the digest's first half.
@@ -824,6 +838,8 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.numbers_from = 0 if limit is None else limit[0]
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
+    heads = execute("SELECT agreement, max(number), hash FROM receipt GROUP BY agreement")
+    state.receipts = {agreement: (number, hash_) for agreement, number, hash_ in heads}
     state.openings, state.opened = _openings(connection)
     (state.dead_letters,) = execute("SELECT count(*) FROM dead_letter").fetchone()
     last = execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead_letter'").fetchone()

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 
 from meterd import api
@@ -18,6 +19,7 @@ from meterd.core.accounts import Account, Agreement
 from meterd.core.settlement import Answer, Answered, AnswerKind, Confirm, Due, Go, Observed
 from meterd.intake import Intake, SourceState
 from meterd.metrics import Metrics, Reads
+from meterd.receipts import Notary
 from tests.fakes import (
     METERS,
     FakeClock,
@@ -126,6 +128,7 @@ async def make_world() -> AsyncIterator[MakeWorld]:
             clock, store, identities = FakeClock(), FakeStore(), FakeIdentities()
             metrics = Metrics(CollectorRegistry(), meters=tuple(METERS), sources=("mqtt",))
             bookkeeper = make_bookkeeper(store, facts=metrics, clock=clock, identities=identities)
+            bookkeeper.notary = Notary(Ed25519PrivateKey.generate(), {})
             intake = Intake(bookkeeper, [], pending_max=pending_max)
             settler, opener = FakeSettler(), FakeOpener()
             overview = api.Overview(bookkeeper)

@@ -102,7 +102,12 @@ def test_numbers_are_taken_out_of_a_batch_by_place():
 
 def test_batch_without_numbers_is_left_alone():
     """Most have none."""
-    assert {} == take_numbers([UsageEvent(), UsageEvent()])
+
+    class Plain(UsageEvent):
+        def __setattr__(self, name, value):
+            raise AssertionError(f"{name} was written for nothing")
+
+    assert {} == take_numbers([Plain(), Plain()])
     assert {} == take_numbers([])
 
 
@@ -188,6 +193,13 @@ def test_new_event_and_its_copy_in_one_batch_are_no_new_beginning():
     assert [] == noted.began
 
 
+def test_two_new_events_of_one_number_in_one_batch_show_that_it_is_used_twice():
+    """As they do in two batches."""
+    books = Books().count(1).count(3, 3)
+
+    assert (2, False, [(3, 3)]) == (books.it.run, books.it.exact, books.runs)
+
+
 def test_duplicate_with_a_number_that_was_not_seen_is_counted():
     """A producer may send an event again under a new number: then nothing is missing."""
     books = Books().count(1, 2).count(3, fresh=False).count(4)
@@ -213,6 +225,9 @@ def test_producer_that_is_met_begins_with_the_earliest_of_the_batch():
     """Of equal times, with the lowest number."""
     assert [(4, 5)] == Books().count(5, 4).runs
     assert [(4, 6)] == Books().count(6, 4, 5, at=T0).runs
+    books = Books()
+    books.sequences.note({"p": [(3, T0 + 9, True), (4, T0, True), (5, T0, True)]}, T0)
+    assert [(4, 5)] == books.runs
     books = Books().count(6, 3, wall=T0 + 5)
     assert [(3, 3), (6, 6)] == books.runs
     assert (2, 1, 0) == sums(books)
@@ -320,6 +335,9 @@ def test_producer_that_begins_anew_has_a_new_run_and_the_old_gaps_are_given_up(f
     assert (0, 0, 2) == sums(books)
     assert 2 == books.it.given_up
     assert 0 == books.it.missing_since
+    books = later(books.count(9, at=T0 + HOUR + 9 * MIN), first, hours=2)
+    assert 2 + 8 - first == books.it.given_up
+    books = later(Books().count(0, 1, 2).count(5), first)
     begun = T0 + HOUR + first * MIN
     assert (begun, begun) == (books.it.since, books.it.latest)
     assert Known.UNKNOWN is books.judge(5)
@@ -517,6 +535,8 @@ def test_producer_that_was_silent_for_longest_is_forgotten():
     books.count(1, 3, source="c", wall=T0 + 7)
 
     assert {"b": None} == {name: row for name, row in books.noted.rows.items() if row is None}
+    assert ("b",) == books.noted.gone
+    assert ["c"] == [row.source for row in books.noted.kept]
     assert T0 + 7 + AHEAD_MS == books.noted.numbers_from
     assert ["a", "c"] == [one.source for one in books.sequences.producers()]
     assert (4, 2, 0) == sums(books)
@@ -525,6 +545,9 @@ def test_producer_that_was_silent_for_longest_is_forgotten():
     assert T0 + 7 + AHEAD_MS == books.noted.numbers_from  # The clock was put back.
     assert {"a", "d"} == set(books.noted.rows)
     assert (1, 1, 3) == sums(books)
+
+    books = Books(producers_max=1).count(1, 3, source="a").count(1, source="b")
+    assert (0, 0, 1) == sums(books)
 
 
 def test_batch_of_more_producers_than_there_may_be_leaves_rows_of_those_that_stay():
@@ -559,6 +582,7 @@ def test_numbers_that_were_counted_before_there_was_a_memory_of_them_are_unknown
     assert T0 + HOUR == books.it.since
     assert Known.UNKNOWN is books.judge(7)
     assert Known.MISSING is books.judge(70)
+    assert 0 == Books().count(1, at=0).it.since
 
 
 def test_person_gives_up_what_is_missing():
@@ -569,8 +593,35 @@ def test_person_gives_up_what_is_missing():
     assert ((9, 9),) == row.intervals
     assert (5, 0) == (row.given_up, row.missing_since)
     assert (0, 0, 5) == sums(books)
+    assert 0 == books.it.missing_since
     assert books.sequences.give_up("p") is None
     assert books.sequences.give_up("nobody") is None
+
+
+def test_person_throws_away_what_is_missing():
+    """Nobody waits for that one event any more; above the last number nobody waits for one."""
+    books = Books().count(1).count(4)
+    row = books.sequences.discard("p", 3, T0 + 3 * MIN, T0)
+
+    assert ((1, 1), (3, 4)) == row.intervals
+    assert (1, 1, 0) == sums(books)
+    assert books.sequences.discard("p", 5, T0 + 5 * MIN, T0) is None
+    assert books.sequences.discard("nobody", 2, T0, T0) is None
+    assert 0 == books.sequences.discard("p", 2, T0 + 2 * MIN, T0 + 1).missing_since
+    assert [(1, 4)] == books.runs
+    assert ((1, 4),) == books.sequences.discard("p", 4, T0 + 4 * MIN, T0).intervals
+
+    later(books, 1, 3)
+    assert books.sequences.discard("p", 2, T0 + 2 * MIN, T0) is None
+    assert [(1, 1), (3, 3)] == books.runs
+
+
+def test_producer_is_exact_until_its_numbers_are_used_twice():
+    """Nobody who is not known is."""
+    books = Books().count(1, 2)
+    assert books.sequences.is_exact("p")
+    assert not books.sequences.is_exact("nobody")
+    assert not books.count(2, at=T0 + HOUR).sequences.is_exact("p")
 
 
 # -- Storing ---------------------------------------------------------------------------------------
@@ -598,6 +649,7 @@ def test_row_is_what_was_noted():
 
     row = ProducerRow("p", 1, ((1, 2), (4, 4)), since, latest, True, T0 + 2, 0)
     assert {"p": row} == books.noted.rows
+    assert ((row,), ()) == (books.noted.kept, books.noted.gone)
     assert row == books.it.row
 
 
