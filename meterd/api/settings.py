@@ -43,4 +43,4 @@ class ApiSettings:
     )
     retry_after_s: int = 1
     otlp_operations: frozenset[str] = COUNTED  # Those that are charged.
-    otlp_body_limit: int = 16 * 1024 * 1024  # Bytes, unpacked.
+    otlp_body_limit: int = 4 * 1024 * 1024  # Bytes, unpacked.

@@ -119,7 +119,7 @@ class OtlpSettings(Table):
     operations: Annotated[Listed[Name], Field(min_length=1)] = (
         *("chat", "text_completion", "generate_content", "embeddings"),
     )
-    body_limit_bytes: Size = Field(default=read_size("16MiB"), alias="body_limit")
+    body_limit_bytes: Size = Field(default=read_size("4MiB"), alias="body_limit")
 
 
 class StoreSettings(Table):

@@ -25,6 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from meterd.core.events import printable
 
 TRACE_ID_HEX, SPAN_ID_HEX = 32, 16
+ATTRIBUTES_MAX = 500_000  # Of all items together: a million that are empty are work all the same.
 EXACT_MAX = 2**53  # Up to here a double holds every whole number.
 _HEX = re.compile(r"[0-9a-f]+\Z", re.ASCII)
 _DIGITS = re.compile(r"[0-9]{1,20}\Z", re.ASCII)
@@ -102,7 +103,7 @@ def _groups(signal: Signal, request: Any, items_max: int) -> Iterator[tuple[Any,
 
     What holds items counts as one too: a request of nothing but empty holders is work as well.
     """
-    count = 0
+    count = attributes = 0
     resources = request.resource_spans if signal is Signal.TRACES else request.resource_logs
     for of_resource in resources or ():
         count += 1
@@ -112,6 +113,10 @@ def _groups(signal: Signal, request: Any, items_max: int) -> Iterator[tuple[Any,
             count += 1 + len(items)
             if count > items_max:
                 raise TooManyItems(f"more than {items_max} {signal.items}; send fewer at once")
+            attributes += sum(len(item.attributes or ()) for item in items)
+            if attributes > ATTRIBUTES_MAX:
+                detail = f"more than {ATTRIBUTES_MAX} attributes in all; send fewer items at once"
+                raise TooManyItems(detail)
             yield of_resource.resource, items
         if count > items_max:
             raise TooManyItems(f"more than {items_max} resources; send fewer at once")

@@ -209,3 +209,22 @@ def test_more_items_than_are_taken_are_refused_before_any_is_looked_at(signal, e
     for body in (many, empty):
         with pytest.raises(TooManyItems, match="more than 10"):
             read(body, signal, encoding, items_max=10)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_more_attributes_than_anybody_has_are_refused_before_any_is_looked_at(
+    encoding, monkeypatch
+):
+    """Of all items together, the empty ones too."""
+    monkeypatch.setattr(reading, "ATTRIBUTES_MAX", 10)
+    few, many = (
+        otlp.written(
+            otlp.traces(otlp.span({str(n): n for n in range(5)}), otlp.span(dict.fromkeys(rest))),
+            encoding,
+        )
+        for rest in ("abcde", "abcdef")
+    )
+
+    assert len(read(few, encoding=encoding)) == 2
+    with pytest.raises(TooManyItems, match="more than 10 attributes in all"):
+        read(many, encoding=encoding)
