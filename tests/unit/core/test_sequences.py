@@ -611,6 +611,8 @@ def test_person_throws_away_what_is_missing():
     assert [(1, 4)] == books.runs
     assert ((1, 4),) == books.sequences.discard("p", 4, T0 + 4 * MIN, T0).intervals
 
+    books.count(6)
+    assert ((1, 6),) == books.sequences.discard("p", 5, T0 - HOUR, T0).intervals
     later(books, 1, 3)
     assert books.sequences.discard("p", 2, T0 + 2 * MIN, T0) is None
     assert [(1, 1), (3, 3)] == books.runs
