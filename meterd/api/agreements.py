@@ -63,6 +63,7 @@ class Agreements:
     """The room of `/v1/agreements`."""
 
     def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._bookkeeper = parts.bookkeeper
         self._ledger = parts.bookkeeper.ledger
         self._overview = parts.overview
@@ -226,9 +227,7 @@ class Agreements:
 
     def view(self, account: Account) -> Document:
         """Show an agreement, with what is set aside for work under way."""
-        return agreement_view(
-            self._ledger, account, self._bookkeeper.holds.amount(account.agreement.id)
-        )
+        return agreement_view(self._parts, account)
 
     def _shown(self, account: Account, status: int = 200) -> web.Response:
         return json_answer(self.view(account), status)

@@ -163,6 +163,8 @@ SCHEMAS: Mapping[str, Schema] = {
         unsettled=AMOUNT,
         in_doubt=AMOUNT,
         headroom=AMOUNT_OR_NONE,
+        holds=AMOUNT,
+        runway={**WHOLE_OR_NONE, "description": "Seconds that the headroom lasts."},
         uncollectible=AMOUNT,
         escrows=_list(_ref("Escrow")),
         release={"anyOf": [_ref("Release"), {"type": "null"}]},
@@ -239,6 +241,19 @@ SCHEMAS: Mapping[str, Schema] = {
         rejected=_list(_object(id=WHOLE, reason=_ref("Reason"), detail=TEXT)),
         next=WHOLE_OR_NONE,
     ),
+    "Producer": _object(
+        source=TEXT,
+        first=WHOLE,
+        last=WHOLE,
+        last_at=TIME,
+        missing=WHOLE,
+        missing_ranges=_list({**_list(WHOLE), "minItems": 2, "maxItems": 2}),
+        missing_since=TIME,
+        given_up=WHOLE,
+        runs=WHOLE,
+        exact=FLAG,
+    ),
+    "GiveUp": _body("source reason", source=TEXT, reason=REASON),
     "JournalEntry": _object(
         number=WHOLE, at=TIME, actor=TEXT, action=TEXT, subject=TEXT, detail=TEXT, hash=TEXT
     ),
@@ -458,7 +473,9 @@ CALLS: Mapping[str, Described] = {
         body="Order",
         example={"plan": "stream", "id": "customer-1"},
     ),
-    "GET /v1/openings": Described("List escrows being locked.", {200: _page("Opening")}),
+    "GET /v1/openings": Described(
+        "List escrows being locked.", {200: _page("Opening")}, query=NUMBERED
+    ),
     "POST /v1/authorize": Described(
         "May this call be served? With `hold`, its price is set aside for so many seconds.",
         {200: _ref("Verdict"), 402: _ref("Verdict")},
@@ -535,6 +552,17 @@ CALLS: Mapping[str, Described] = {
         "Throw one away; the reason stands in the query or the body.",
         {204: ""},
         query={"reason": REASON},
+    ),
+    "GET /v1/producers": Described(
+        "List the producers that number their events, and what is missing of each.",
+        {200: _page("Producer")},
+        query={**NUMBERED, "missing": {"type": "string", "enum": ["true", "false"]}},
+    ),
+    "POST /v1/producers/give-up": Described(
+        "Wait no more for what is missing of a producer.",
+        {200: _object(source=TEXT, given_up=WHOLE)},
+        body="GiveUp",
+        example={"source": "svc-a", "reason": "the broker lost its disk"},
     ),
     "GET /v1/journal": Described(
         "Who did what, when and why.", {200: _page("JournalEntry")}, query=NUMBERED

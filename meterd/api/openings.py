@@ -15,7 +15,16 @@ from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
 from meterd.api.views import Document, agreement_view
-from meterd.api.wire import Call, is_id, iso_time, json_answer, printable, read_command
+from meterd.api.wire import (
+    Call,
+    is_id,
+    iso_time,
+    json_answer,
+    page_answer,
+    printable,
+    read_command,
+    read_page,
+)
 from meterd.core.money import MICROS, BadNumber, format_amount, parse_amount
 from meterd.core.openings import Opening, Wish
 
@@ -42,6 +51,7 @@ class Openings:
     """The room of what is being locked."""
 
     def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._ledger = parts.bookkeeper.ledger
         self._opener = parts.opener
 
@@ -71,16 +81,18 @@ class Openings:
         waiting = self.waiting(agreement)
         if account is None or (waiting and wish.next):
             return {"id": agreement, "state": "opening", "openings": waiting}, 202
-        return agreement_view(self._ledger, account), 200 if known and not wish.next else 201
+        return agreement_view(self._parts, account), 200 if known and not wish.next else 201
 
     def waiting(self, agreement: str) -> list[Document]:
         """Show the openings of an agreement whose escrow nothing draws on yet."""
         rows = self._opener.unfinished
         return [opening_view(row) for row in rows if row.agreement == agreement]
 
-    async def _list(self, _: web.Request) -> web.Response:
-        views = [opening_view(row) for row in self._opener.unfinished]
-        return json_answer({"items": views, "next": None})
+    async def _list(self, request: web.Request) -> web.Response:
+        page, rows = read_page(request), self._opener.unfinished
+        end = page.number + page.limit
+        views = [opening_view(row) for row in rows[page.number : end]]
+        return page_answer(views, str(end) if end < len(rows) else None)
 
 
 def opening_view(row: Opening) -> Document:

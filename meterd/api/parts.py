@@ -7,10 +7,11 @@ rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from meterd.api.overview import Overview
+from meterd.api.runway import Runways
 from meterd.api.settings import ApiSettings
 from meterd.bookkeeper import Bookkeeper, Recorded
 from meterd.core.changes import Hold
@@ -124,3 +125,4 @@ class Parts:
     fatal: Callable[[BaseException], None]
     version: str
     started_at: int  # Wall ms.
+    runways: Runways = field(default_factory=Runways)

@@ -37,6 +37,7 @@ class Releases:
     """The room of `/v1/releases`."""
 
     def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._bookkeeper = parts.bookkeeper
         self._ledger = parts.bookkeeper.ledger
 
@@ -70,7 +71,7 @@ class Releases:
         reason = read_reason(resolution.reason)
         escrow = self._escrow_of(release_id)
         await self._bookkeeper.resolve(escrow.id, request[ACTOR], reason, landed=resolution.landed)
-        return json_answer(agreement_view(self._ledger, self._ledger.accounts[escrow.agreement]))
+        return json_answer(agreement_view(self._parts, self._ledger.accounts[escrow.agreement]))
 
     def _escrow_of(self, release_id: str) -> Escrow:
         """Find the escrow whose open release this is. Raises `NotFound`."""

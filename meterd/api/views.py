@@ -12,13 +12,12 @@ from fractions import Fraction
 from typing import Any
 
 from meterd.api.overview import balance, spokesman, state_word
-from meterd.api.parts import SourceView
+from meterd.api.parts import Parts, SourceView
 from meterd.api.wire import iso_time
 from meterd.bookkeeper import Journalled
 from meterd.core.accounts import Account, Counter
 from meterd.core.advice import next_command
 from meterd.core.changes import DeadLetter, ReceiptRow
-from meterd.core.ledger import Ledger
 from meterd.core.money import format_amount, format_exact, format_price, format_quantity
 from meterd.core.plans import Plan
 from meterd.core.quotes import Quote
@@ -28,9 +27,12 @@ Document = dict[str, Any]
 EXCERPT_BYTES_MAX = 2048
 
 
-def agreement_view(ledger: Ledger, account: Account, holds: int = 0) -> Document:
-    """Show an agreement: its money is of one instant. `holds`: set aside for work under way."""
+def agreement_view(parts: Parts, account: Account) -> Document:
+    """Show an agreement: its money is of one instant."""
+    books, ledger = parts.bookkeeper, parts.bookkeeper.ledger
     agreement, money = account.agreement, balance(ledger, account)
+    holds = books.holds.amount(agreement.id)  # Set aside for work under way.
+    headroom = None if money.headroom is None else money.headroom - holds
     escrow = spokesman(ledger, account)
     word = state_word(escrow, money)
     return {
@@ -48,10 +50,10 @@ def agreement_view(ledger: Ledger, account: Account, holds: int = 0) -> Document
         "released": format_amount(money.released),
         "unsettled": format_amount(money.unsettled),
         "in_doubt": format_amount(money.in_doubt),
-        "headroom": None if money.headroom is None else format_amount(money.headroom - holds),
+        "headroom": None if headroom is None else format_amount(headroom),
         "holds": format_amount(holds),
         "uncollectible": format_amount(money.uncollectible),
-        "runway": None,
+        "runway": parts.runways.seconds(account, headroom, books.clock.wall()),
         "unsettled_since": iso_time(account.unsettled_since),
         "period": account.period,
         "period_ends": iso_time(account.plan.period_ends(account.opened_at, account.period)),

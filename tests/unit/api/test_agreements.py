@@ -22,7 +22,7 @@ async def test_an_agreement_shows_its_money_as_decimal_texts(world):
         "0.00",
         "0.00",
     )
-    assert (shown["state"], shown["next"], shown["runway"]) == ("active", None, None)
+    assert (shown["state"], shown["next"]) == ("active", None)
     assert shown["escrows"][0]["total"] == "10.00"
     assert shown["opened_at"] == "2026-11-23T12:00:00.000Z"
 
