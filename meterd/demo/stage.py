@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Container
 from dataclasses import dataclass, replace
@@ -242,6 +243,9 @@ class Stage:
             self._directory / "meterd.log",
         )
         await self._add(self.daemon, f"{self.addresses.daemon}/healthz")
+        there = importlib.util.find_spec("mcp") is not None
+        agents = "for agents" if there else "for agents, after: pip install 'meterd[mcp]'"
+        console.print(f"MCP server       {self.addresses.daemon}/mcp  ({agents})", markup=False)
         console.print(f"[bold]Dashboard        {self.dashboard}[/bold]")
 
     async def _add(self, child: Child, health: str) -> None:

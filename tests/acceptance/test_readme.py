@@ -6,6 +6,7 @@ daemon, the sandbox, Redis and Mosquitto. Only the ports are exchanged for free 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,12 @@ NOT_RUN = {
     'make demo ARGS="--crash"': "it installs packages; the demo has tests of its own",
     "make test": "it is what runs this",
     "python3 -m venv ~/meterd-venv": "it installs packages, into the home of whoever runs this",
+    # Another plan than the story's; typed by tests/integration/test_otlp.py.
+    "export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:8787": "with its section",
+    "from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter": "as above",
+    "curl -fsS http://127.0.0.1:8787/v1/traces -H 'Content-Type: application/json' -d @- <<END": (
+        "as above"
+    ),
 }
 SHOWN_ONLY = {"text"}  # Pictures and output.
 # Blocks that go on until they are stopped, and what answers when they are ready.
@@ -268,7 +275,8 @@ def _before_operations(story: Story) -> None:
 # -- The tests -------------------------------------------------------------------------------------
 
 RUN = {"sh", "python", "js"}
-EXAMINED = {"toml", "conf"}  # By the tests at the end.
+EXAMINED = {"toml", "conf", "json"}  # By the tests at the end.
+CALLERS = ("svc-a", "agent")  # Whose tokens stand in files, in the pieces of configuration.
 
 
 @pytest.fixture
@@ -337,13 +345,20 @@ def test_a_piece_of_configuration_has_no_mistake(
 ) -> None:
     """It is taken as it stands, beside the key of the escrow service."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "svc-a-token").write_text("a-long-random-text")
+    for caller in CALLERS:
+        (tmp_path / f"{caller}-token").write_text(f"a-long-random-text-of-{caller}")
     notes: list[object] = []
     settings = config.parse(
         block.text, {"METERD_ESCROW__API_KEY": "pf_live_example"}, warn=notes.append
     )
 
-    assert [token.name for token in settings.http.tokens] == ["svc-a"]
+    assert {token.name for token in settings.http.tokens} <= set(CALLERS)
+
+
+@pytest.mark.parametrize("block", _examples("json"), ids=lambda block: block.place)
+def test_a_piece_of_json_is_whole(block: Block) -> None:
+    """A program could read it."""
+    assert json.loads(block.text)
 
 
 def _conf(name: str) -> str:

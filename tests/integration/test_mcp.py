@@ -17,6 +17,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from tests.acceptance.stage import Node, configuration, paid, until
+from tests.documents import ROOT, blocks
 from tests.processes import PAYER_KEY, PROVIDER_KEY, Sandbox, call
 
 ESCROW_TOOLS = ["escrow_create", "escrow_release", "escrow_status", "escrow_list"]
@@ -454,6 +455,44 @@ def test_half_a_character_is_no_argument(asked_of, version):
 
     assert answer.status in {200, 400}, answer.raw
     assert answer.status == 400 or answer.json["result"]["isError"], answer.raw
+
+
+async def test_client_that_is_configured_as_documented_comes_in(guarded):
+    """The address and the header are what a client needs."""
+    (block,) = [one for one in blocks(ROOT / "docs" / "mcp.md") if one.language == "json"]
+    (server,) = json.loads(block.text)["mcpServers"].values()
+    (token,) = server["headers"].values()
+    address = server["url"].replace("http://127.0.0.1:8787", guarded.url)
+    headers = {"Authorization": token.replace("${METERD_TOKEN}", READ_TOKEN)}
+    async with (
+        httpx2.AsyncClient(headers=headers) as http,
+        Client(streamable_http_client(address, http_client=http)) as client,
+    ):
+        tools = (await client.list_tools()).tools
+
+    assert server["type"] == "http"
+    assert [tool.name for tool in tools] == [*ESCROW_TOOLS, *METER_TOOLS]
+
+
+def test_document_names_every_tool_and_every_argument_that_there_is():
+    """Row by row, for both services."""
+    from meterd.api import agent_tools
+    from meterd.sandbox import agents
+
+    text = (ROOT / "docs" / "mcp.md").read_text()
+    _, rest = text.split("## The daemon's tools")
+    daemons, sandboxs = rest.split("## The sandbox's tools")
+    wanted = (
+        (daemons, "Create Release One Listed Nothing UsageOf QuoteOf", agent_tools),
+        (sandboxs, "Create Release One Listed", agents),
+    )
+    for part, types, room in wanted:
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", part, flags=re.MULTILINE)
+        assert [name for name, _ in rows] == list(room.TEXTS)
+        for (_, arguments), name in zip(rows, types.split(), strict=True):
+            assert set(re.findall(r"`(\w+)`", arguments)) == {
+                *getattr(room, name).__struct_fields__
+            }
 
 
 # -- The sandbox -----------------------------------------------------------------------------------
