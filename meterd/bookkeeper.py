@@ -865,8 +865,11 @@ class Bookkeeper:
         row = self.sequences.discard(source, number, at, now)
         return () if row is None else (row,)
 
-    async def give_up(self, source: str, actor: str, reason: str) -> None:
-        """Wait no more for what is missing of a producer. Raises `NotFound`, `Refused`."""
+    async def give_up(self, source: str, actor: str, reason: str) -> int:
+        """Wait no more for what is missing of a producer; how many events these were.
+
+        Raises `NotFound`, `Refused`.
+        """
         producer = self.sequences.producer(source)
         if producer is None:
             raise NotFound(f"{source!r} numbers no events; see who does: meterd producers")
@@ -907,6 +910,7 @@ class Bookkeeper:
             self.visit(escrow.id)
         return account
 
+        return missing
     async def note_openings(
         self, openings: Sequence[Opening], actor: str, action: str, subject: str, detail: str
     ) -> None:

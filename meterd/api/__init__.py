@@ -25,6 +25,7 @@ from meterd.api.gate import Gate
 from meterd.api.health import Health
 from meterd.api.journal import Journal
 from meterd.api.openings import Openings
+from meterd.api.numbers import Numbers
 from meterd.api.otlp import GZIP, Otlp
 from meterd.api.otlp import PATHS as OTLP_PATHS
 from meterd.api.overview import Overview
@@ -122,6 +123,7 @@ def _calls(parts: Parts, stream: Stream) -> list[Call]:
         DeadLetters,
         Journal,
         Plans,
+        Numbers,
         Backup,
         Status,
         Agents,

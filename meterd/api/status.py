@@ -71,6 +71,8 @@ class Status:
             "sources": [source_view(state) for state in parts.intake.states.values()],
             "store": {"writable": store.writable, "bytes": parts.store_bytes()},
             "dead_letters": parts.bookkeeper.dead_letters,
+            "missing_events": parts.bookkeeper.sequences.missing,
+            "incomplete_producers": parts.bookkeeper.sequences.incomplete,
         }
 
     def _blocked(self) -> str:

@@ -118,11 +118,11 @@ def close(
 ) -> None:
     """Settle an agreement to the last unit and end it: later usage of it is rejected."""
     with connect(config, url, token_file) as daemon:
-        if dry_run or _asks(yes=yes):
+        if dry_run or asks(yes=yes):
             _show(_closing(daemon.get("v1", "agreements", agreement)))
             if dry_run:
                 return
-            _confirm(f"Close {agreement} for good?")
+            confirm(f"Close {agreement} for good?")
         answer = _act(daemon, agreement, "close", reason)
     sentence = f"{agreement} is being closed. Look: meterd agreements {agreement}"
     _done(answer, sentence, as_json=as_json)
@@ -155,11 +155,11 @@ def resume(
 ) -> None:
     """Go on with a frozen agreement, from what its escrow shows now."""
     with connect(config, url, token_file) as daemon:
-        if dry_run or _asks(yes=yes):
+        if dry_run or asks(yes=yes):
             _show(_resuming(daemon.get("v1", "agreements", agreement)))
             if dry_run:
                 return
-            _confirm(f"Resume {agreement}?")
+            confirm(f"Resume {agreement}?")
         answer = _act(daemon, agreement, "resume", reason)
     _done(answer, f"{agreement} goes on. Look: meterd agreements {agreement}", as_json=as_json)
 
@@ -184,11 +184,11 @@ def resolve(
     if landed is None:
         raise WrongUse(f"say which: meterd resolve {release} --landed (or --absent) --reason …")
     with connect(config, url, token_file) as daemon:
-        if dry_run or _asks(yes=yes):
+        if dry_run or asks(yes=yes):
             _show(_resolving(_unfinished(daemon, release), landed=landed))
             if dry_run:
                 return
-            _confirm("Are you certain?")
+            confirm("Are you certain?")
         body = {"landed": landed, "reason": reason}
         answer = daemon.ask("POST", "v1", "releases", release, "resolve", body=body)
     word = "landed" if landed else "absent"
@@ -294,8 +294,8 @@ def discard_dead_letter(
     token_file: TokenFile = None,
 ) -> None:
     """Throw a rejected delivery away for good."""
-    if _asks(yes=yes):
-        _confirm(f"Throw dead letter {number} away for good?")
+    if asks(yes=yes):
+        confirm(f"Throw dead letter {number} away for good?")
     with connect(config, url, token_file) as daemon:
         daemon.ask("DELETE", "v1", "dead-letters", str(number), query={"reason": reason})
     sys.stdout.write(f"Dead letter {number} is gone.\n")
@@ -308,12 +308,13 @@ def _act(daemon: Daemon, agreement: str, act: str, reason: str) -> Any:
     return daemon.ask("POST", "v1", "agreements", agreement, act, body={"reason": reason})
 
 
-def _asks(*, yes: bool) -> bool:
-    """Whether somebody is there to be asked; a program that got this far has decided."""
+def asks(*, yes: bool) -> bool:
+    """Tell whether somebody is there to be asked; a program that got this far has decided."""
     return not yes and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _confirm(question: str) -> None:
+def confirm(question: str) -> None:
+    """Ask a person; "no" ends the command."""
     typer.confirm(plain(question), abort=True)
 
 

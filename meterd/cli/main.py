@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from meterd.cli import acts, events, local, quotes, simulate, tables, verify
+from meterd.cli import acts, events, local, numbers, quotes, simulate, tables, verify
 from meterd.errors import ConfigurationError, MeterdError
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 something needs a person."
@@ -47,6 +47,11 @@ def tree() -> typer.Typer:
     for name, command in acts.DEAD_LETTER_COMMANDS.items():
         letters.command(name)(command)
     app.add_typer(letters, name="dead-letters", rich_help_panel="What a running daemon knows")
+    numbering = typer.Typer(invoke_without_command=True)
+    numbering.callback()(numbers.producers)
+    for name, command in numbers.COMMANDS.items():
+        numbering.command(name)(command)
+    app.add_typer(numbering, name="producers", rich_help_panel="What a running daemon knows")
     return app
 
 

@@ -21,6 +21,8 @@ TABLE = {
     "rejections_total": ("reason",),
     "otlp_ignored_total": ("signal",),
     "dead_letters": (),
+    "sequence_missing": (),
+    "sequence_given_up_total": (),
     "source_lag_events": ("source",),
     "source_connected": ("source",),
     "unacked_deliveries": ("source",),
@@ -91,6 +93,17 @@ def make(sums=None, states=(), letters=0, size=0) -> Metrics:
         Reads(lambda: sums or Sums(), lambda: states, lambda: letters, lambda: 0, lambda: size)
     )
     return metrics
+
+
+def test_missing_numbers_are_read_at_the_scrape():
+    """In all, without the name of a producer: there may be ten thousand."""
+    metrics = Metrics(CollectorRegistry(), meters=())
+    nothing = (Sums, tuple, lambda: 0, lambda: 0, lambda: 0)
+    metrics.watch(Reads(*nothing, missing=lambda: 12, given_up=lambda: 34))
+    found = samples(metrics)
+
+    assert 12 == found["meterd_sequence_missing", ()]
+    assert 34 == found["meterd_sequence_given_up_total", ()]
 
 
 def samples(metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -42,6 +42,8 @@ CALLS = (
     ("POST", "/v1/dead-letters/replay", Scope.ADMIN),
     ("POST", "/v1/dead-letters/1/replay", Scope.ADMIN),
     ("DELETE", "/v1/dead-letters/1", Scope.ADMIN),
+    ("GET", "/v1/producers", Scope.READ),
+    ("POST", "/v1/producers/give-up", Scope.ADMIN),
     ("GET", "/v1/journal", Scope.ADMIN),
     ("GET", "/v1/plans", Scope.READ),
     ("GET", "/v1/status", Scope.READ),

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from meterd.api import agreements, backup, dead_letters, openapi, releases
+from meterd.api import agreements, backup, dead_letters, numbers, openapi, releases
 from meterd.api.settings import Scope
 
 KINDS = {
@@ -17,6 +17,7 @@ KINDS = {
     "Resolution": releases.Resolution,
     "Replay": dead_letters.Replay,
     "Wanted": backup.Wanted,
+    "GiveUp": numbers.GiveUp,
 }
 
 

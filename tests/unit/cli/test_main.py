@@ -14,7 +14,7 @@ COMMANDS = (
     "run", "demo", "sandbox", "check", "version", "config", "config example", "config schema",
     "status", "agreements", "releases", "dead-letters", "dead-letters replay",
     "dead-letters discard", "bind", "settle", "close", "freeze", "resume", "resolve", "emit",
-    "replay", "journal", "verify", "backup",
+    "replay", "journal", "verify", "backup", "producers", "producers give-up",
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["close", "agr-1"],
         ["resolve", "rel_1", "--reason", "seen"],
         ["dead-letters", "replay"],
+        ["producers", "give-up", "svc-a"],
         ["dead-letters", "replay", "1", "--all"],
         ["dead-letters", "discard", "zero", "--reason", "x"],
         ["emit", "agr-1", "tokens", "1e3"],

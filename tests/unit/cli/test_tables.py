@@ -84,6 +84,20 @@ def test_status_tells_in_one_screen_whether_money_flows(
         assert part in shown
 
 
+def test_status_says_what_is_missing_of_numbered_events(
+    daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the next command; where nothing is missing, nothing is said."""
+    for missing in (1200, 0):
+        found = {**status(), "missing_events": missing, "incomplete_producers": 2}
+        daemon.answer("GET", "/v1/status", found)
+    main(["status"])
+    said = "1,200 numbered events of 2 producers have not come: meterd producers"
+    assert said in capsys.readouterr().out
+    main(["status"])
+    assert "numbered" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("word", ["flowing", "idle", "waiting_for_sources", "blocked", "stopped"])
 def test_status_has_a_sentence_for_every_word(
     daemon, word: str, capsys: pytest.CaptureFixture[str]
