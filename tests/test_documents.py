@@ -20,6 +20,7 @@ from meterd.config.shape import keys_of, shape_of
 from meterd.core.plans import Pattern
 from meterd.intake import SourceState
 from meterd.metrics import Metrics, Reads
+from meterd.otlp import genai
 from tests.documents import DOCUMENTS, ROOT, Block, blocks, code_words, prose
 
 ALL = (*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
@@ -50,9 +51,13 @@ def models_at(key: str) -> list[type[Table]]:
 
 
 def keys_in(document: Path) -> list[str]:
-    """The keys with dots that a document names."""
+    """The keys with dots that a document names; attributes of OpenTelemetry look like them."""
     dotted = [word for word in code_words(document) if re.fullmatch(r"[a-z]\w*(\.\w+)+", word)]
-    return [word for word in dotted if word.rpartition(".")[2] not in FILES]
+    return [
+        word
+        for word in dotted
+        if word.rpartition(".")[2] not in FILES and word not in {*genai.WANTED, genai.EVENT}
+    ]
 
 
 @each_document
@@ -76,6 +81,22 @@ def variables_of_the_tests() -> set[str]:
     """What a test reads of the environment, so that a run can be repeated or made longer."""
     texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
     return {name for text in texts for name in re.findall(r'environ\.get\("(METERD_\w+)"', text)}
+
+
+def test_the_page_of_ingest_lists_every_attribute_that_is_read() -> None:
+    """In the order in which they count, and no other."""
+    page = (ROOT / "docs" / "ingest.md").read_text()
+    table = page.partition("### What is read")[2].partition("\n\n-")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
+    listed = [tuple(re.findall(r"`([^`]+)`", row)) for row in rows]
+    tokens = ("input", "cached", "cache_creation", "output", "reasoning")
+
+    assert listed == [
+        *(genai.TOKENS[f"{kind}_tokens"] for kind in tokens),
+        *genai.NAMES.values(),
+        tuple(genai.OPERATION),
+    ]
+    assert set(re.findall(r"`([a-z_]+)`", page.partition("**Only calls")[2])) >= genai.COUNTED
 
 
 def test_the_readme_names_keys_at_all() -> None:

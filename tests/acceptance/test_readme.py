@@ -35,17 +35,17 @@ from tests.servers import MosquittoServer, RedisServer, free_port, wait_until
 README, OPERATIONS = "README.md", "operations.md"
 TIMEOUT_S = 60
 
+TRACED = "it wants a plan of its own; tests/integration/test_otlp.py types the whole section"
 # Blocks that are not typed here, by their first line, and why not.
 NOT_RUN = {
     "make demo": "it installs packages; the demo has tests of its own",
     'make demo ARGS="--crash"': "it installs packages; the demo has tests of its own",
     "make test": "it is what runs this",
     "python3 -m venv ~/meterd-venv": "it installs packages, into the home of whoever runs this",
-    # Another plan than the story's; typed by tests/integration/test_otlp.py.
-    "export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:8787": "with its section",
-    "from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter": "as above",
+    "export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:8787": TRACED,
+    "from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter": TRACED,
     "curl -fsS http://127.0.0.1:8787/v1/traces -H 'Content-Type: application/json' -d @- <<END": (
-        "as above"
+        TRACED
     ),
 }
 SHOWN_ONLY = {"text"}  # Pictures and output.

@@ -6,8 +6,11 @@ owed, and what the escrow service paid in the end are held against it.
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +39,7 @@ from opentelemetry.trace import Span, Tracer, set_span_in_context
 
 from meterd.otlp.genai import EVENT
 from tests.acceptance.stage import Node, configuration, paid
+from tests.documents import ROOT, blocks
 from tests.processes import Sandbox
 from tests.proxy import Fate, Fault, Network, Phase
 
@@ -337,3 +341,48 @@ def test_what_cannot_be_charged_is_kept_and_told_when_a_customer_is_not_known(sa
     assert (letter["source"], letter["reason"]) == ("otlp", "unknown_agreement")
     assert tried["accepted"] == 1
     holds_against(node, "gus", bill)
+
+
+# -- The document ----------------------------------------------------------------------------------
+
+
+def test_the_section_of_the_document_does_what_it_says_when_it_is_typed(sandbox, tmp_path):
+    """Its plan, the environment of an SDK, the program, and what each command prints."""
+    page = ROOT / "docs" / "ingest.md"
+    first = page.read_text().partition("## OpenTelemetry\n")[0].count("\n")
+    last = first + page.read_text().partition("## OpenTelemetry\n")[2].partition("\n## ")[0].count(
+        "\n"
+    )
+    own = [block for block in blocks(page) if first < block.line <= last + 1]
+    (plans,) = [block.text for block in own if block.language == "toml"]
+    # The stage has the meters of the document's plan already.
+    text = configuration(sandbox, plans=plans.partition('aggregation = "count"\n')[2])
+    with Node(tmp_path, text) as node:
+        node.wait_ready()
+        node.bind(sandbox.lock("10.00"), "models", "customer-1")
+        script = ["set -e", f"meterd() {{ '{sys.executable}' -m meterd \"$@\"; }}"]
+        for block in own:
+            if block.language == "python":
+                program = tmp_path / "program.py"
+                program.write_text(block.text)
+                script.append(f"'{sys.executable}' '{program}'")
+            elif block.language == "sh":
+                script.append(block.text)
+        typed = "\n".join(script).replace("http://127.0.0.1:8787", node.url)
+        environment = {**os.environ, "METERD_CONFIG": str(node.config), "METERD_TOKEN": "unused"}
+        ran = subprocess.run(
+            ["bash", "-c", typed],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+        accrued = node.agreement("customer-1")["accrued"]
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    printed = iter(ran.stdout.splitlines())
+    expected = [text for block in own for text in block.expected]
+    assert len(expected) == 2
+    assert [text for text in expected if not any(text in line for line in printed)] == []
+    assert accrued == "0.0096"
