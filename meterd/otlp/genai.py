@@ -91,7 +91,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 AGREEMENT = ("meterd.agreement", "meterd.escrow_id")
 # Where the operation stands, and what its older spellings are called today.
 OPERATION: Mapping[str, Mapping[str, str]] = {
-    "gen_ai.operation.name": {},
+    "gen_ai.operation.name": {"completion": "text_completion", "embedding": "embeddings"},
     "llm.request.type": {"completion": "text_completion", "embedding": "embeddings"},
     "openinference.span.kind": {"llm": "chat", "embedding": "embeddings"},
     "traceloop.span.kind": {},
@@ -160,7 +160,7 @@ def usage_of(item: Item, counted: Collection[str] = COUNTED) -> Usage | Ignored:
         "id": _id(item),
         "subject": agreement,
         "time": _time(item.at_ns),
-        "data": _filled({**data, "operation": operation}) | {n: _count(told[n]) for n in told},
+        "data": _filled({**data, "operation": operation}) | {n: _kept(told[n]) for n in told},
     }
     fault = _no_event(item) or next(iter(flaws), None)
     return Usage(msgspec.json.encode(_filled(document)), fault)
@@ -226,10 +226,16 @@ def _time(at_ns: int) -> str:
 
 
 def _count(value: Scalar) -> Scalar:
-    """A count as a number; what is none as it came, for whoever looks at the dead letter."""
+    """A count as a number; what is none as it came."""
     if isinstance(value, str):
         return int(value) if _WHOLE.match(value) else printable(value)
     return value
+
+
+def _kept(value: Scalar) -> int | list[Scalar]:
+    """A count; what is none in a list, so that nobody takes it for one when it is tried again."""
+    count = _count(value)
+    return count if isinstance(count, int) and count >= 0 else [count]
 
 
 def _flaw(name: str, value: Scalar) -> str:

@@ -15,9 +15,10 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
 
 from meterd.api import ApiSettings, ApiToken, Scope
 from meterd.api.otlp import unpacked
@@ -325,6 +326,36 @@ async def test_an_exporter_tries_again_when_it_is_told_to(world):
     assert accrued(world) == Fraction(7 * 2, 1_000_000) + Fraction(1, 1000)
     exporter.shutdown()
     provider.shutdown()
+
+
+async def test_an_exporter_shows_its_token_by_the_environment(make_world, monkeypatch):
+    """As the documents have it, with a space written as the variable wants it."""
+    token = ApiToken("sender", "token-of-a-sender-0123456789", frozenset({Scope.INGEST}))
+    world = await make_world(ApiSettings(tokens=(token,)))
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", world.base)
+    stranger = OTLPSpanExporter()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization=Bearer%20{token.text}")
+    sender = OTLPSpanExporter()
+    spans = [ReadableSpan("chat", SpanContext(1, 1, is_remote=False))]
+
+    assert await asyncio.to_thread(stranger.export, spans) is SpanExportResult.FAILURE
+    assert await asyncio.to_thread(sender.export, spans) is SpanExportResult.SUCCESS
+    assert metric(world, 'meterd_otlp_ignored_total{signal="traces"}') == 1
+    stranger.shutdown()
+    sender.shutdown()
+
+
+async def test_what_is_no_count_is_none_when_it_is_tried_again_either(world):
+    """12.5 tokens would be a fine quantity of anything else."""
+    odd = {**CALL, "gen_ai.usage.input_tokens": 12.5}
+    await send(world, spans_of(world, odd, {**CALL, "gen_ai.usage.input_tokens": True}))
+    letters = (await world.get("/v1/dead-letters")).json["items"]
+    for letter in letters:
+        again = await world.post(f"/v1/dead-letters/{letter['id']}/replay")
+
+        assert [one["reason"] for one in again.json["rejected"]] == ["malformed"]
+    assert len(letters) == 2
+    assert accrued(world) == 0
 
 
 # -- Compression -----------------------------------------------------------------------------------

@@ -172,7 +172,9 @@ def test_what_is_no_whole_number_is_a_rejection_that_names_it(told, encoding):
     assert usage.fault.detail.startswith("input_tokens is ")
     assert usage.fault.detail.isprintable()
     assert len(usage.fault.detail) < 300
-    assert json.loads(usage.document)["id"] == ID
+    kept = json.loads(usage.document)
+    assert kept["id"] == ID
+    assert type(kept["data"]["input_tokens"]) is list, "or a replay would take it for a count"
 
 
 def test_an_attribute_without_a_value_is_not_there():
@@ -231,6 +233,8 @@ def test_an_operation_counts_where_it_is_asked_for():
 @pytest.mark.parametrize(
     ("name", "said", "today"),
     [
+        ("gen_ai.operation.name", "completion", "text_completion"),
+        ("gen_ai.operation.name", "Embedding", "embeddings"),
         ("llm.request.type", "chat", "chat"),
         ("llm.request.type", "completion", "text_completion"),
         ("llm.request.type", "embedding", "embeddings"),
