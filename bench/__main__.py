@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import http_rows, mqtt_rows, redis_rows, release_rows, weight_rows
+from bench import gate_rows, http_rows, mqtt_rows, redis_rows, release_rows, weight_rows
 from bench.figures import Row, machine, print_table
 from bench.plan import Plan
 from bench.stage import Stage
@@ -24,6 +24,7 @@ ROWS: Mapping[str, Callable[[Plan], list[Row]]] = {
     "redis-group": partial(redis_rows.run, mode="group"),
     "mqtt": mqtt_rows.run,
     "http": http_rows.run,
+    "gate": gate_rows.run,
     "release-latency": release_rows.soon,
     "releases": release_rows.at_once,
     "size": weight_rows.size,

@@ -98,6 +98,22 @@ async def mqtt_aiomqtt(port: int, wanted: str, events: int) -> None:
         done(events=read)
 
 
+async def redis_paced(url: str, stream: str, payloads: Sequence[bytes], rate: int) -> None:
+    """A producer: adds events at a steady rate, a hundredth each 10 ms."""
+    size = max(1, rate // 100)
+    async with Redis.from_url(url) as client:
+        await client.ping()
+        ready()
+        began = time.monotonic()
+        for number, first in enumerate(range(0, len(payloads), size)):
+            await asyncio.sleep(began + number / 100 - time.monotonic())
+            pipe = client.pipeline(transaction=False)
+            for payload in payloads[first : first + size]:
+                pipe.execute_command("XADD", stream, "*", "event", payload)
+            await pipe.execute()
+        done(events=len(payloads))
+
+
 class _Event(msgspec.Struct, gc=False):
     id: str
     escrow_id: str
@@ -160,12 +176,17 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--topic", default="")
     parser.add_argument("--events", type=int, default=0)
+    parser.add_argument("--file", type=Path, default=Path())
+    parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--escrows-file", default="")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--amount", default="")
     given = parser.parse_args()
     if given.what == "redis-group":
         asyncio.run(redis_group(given.url, given.topic, given.events))
+    elif given.what == "redis-paced":
+        payloads = given.file.read_bytes().split(b"\n")
+        asyncio.run(redis_paced(given.url, given.topic, payloads, given.rate))
     elif given.what == "redis-read":
         asyncio.run(redis_read(given.url, given.topic, given.events))
     elif given.what == "mqtt-engine":
