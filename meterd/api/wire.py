@@ -17,6 +17,7 @@ from aiohttp import web
 
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
+from meterd.core.flaws import json_flaw
 
 LIMIT_MAX = 1000
 LIMIT_DEFAULT = 100
@@ -99,7 +100,7 @@ async def read_command(request: web.Request, kind: type[T], *, example: str) -> 
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        said = printable(str(error), 200)
+        said = printable(json_flaw(error, body, "the body"), 200)
         raise Problem(400, "bad-body", f"{said}; send for example {example}") from None
 
 

@@ -28,6 +28,7 @@ from meterd.core.events import (
     data_nanos,
     printable,
 )
+from meterd.core.flaws import json_flaw
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.paths import Path
 
@@ -275,7 +276,7 @@ def _is_deep(data: Any) -> bool:
 def _said(event: UsageEvent, error: Exception) -> str:
     if not bytes(event.data):
         return f"there is none, and {printable(event.type, 80)} needs it"
-    return "nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
+    return printable(json_flaw(error, bytes(event.data), ""))
 
 
 # Calls of models ----------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def _genai_parts(raw: msgspec.Raw, configured: set[str]) -> list[Part] | Why:
     except money.BadNumber as error:
         return Reason.BAD_QUANTITY, f"data: {error}"
     except _MALFORMED as error:
-        return Reason.MALFORMED, f"data: {printable(str(error))}"
+        return Reason.MALFORMED, f"data: {printable(json_flaw(error, bytes(raw), ''))}"
     named = {"model": said.model, "provider": said.provider, "operation": said.operation}
     dimensions = {name: text for name, text in named.items() if text}
     parts = [] if CALLS_METER in configured else [Part(CALLS_METER, dimensions=dimensions)]

@@ -33,15 +33,29 @@ _FOUND: Mapping[str, str] = {
 _WANTED: Mapping[str, str] = {
     **_FOUND,
     "int | str": 'a whole number or a text such as "0.5"',
+    "int | str | null": 'a whole number or a text such as "0.5"',
     "datetime | null": f"a text such as {TIME_EXAMPLE}",
+}
+_WHOLE: Mapping[str, str] = {
+    "Input data was truncated": "no JSON: it breaks off before its end",
+    "Number out of range": "a number in it has too many digits",
+}
+_NAMED: Mapping[re.Pattern[str], str] = {
+    re.compile(r"Object missing required field `(.+?)`.*"): "{0} is missing",
+    re.compile(r"Object contains unknown field `(.+?)`.*"): "there is no field {0} here",
+    re.compile(r"(?:Invalid RFC3339|Expected `datetime` with a timezone).+ - at `\$\.?(.+)`"): (
+        f"{{0}}: write a time with its zone, such as {TIME_EXAMPLE}"
+    ),
 }
 _SYNTAX = re.compile(r"JSON is malformed: (.+) \(byte ([0-9]+)\)")
 _TYPE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
-_TIME = re.compile(r"(Invalid RFC3339|Expected `datetime` with a timezone).+ - at `\$\.?(.+)`")
 
 
-def json_flaw(error: Exception, document: bytes) -> str:
-    """Say why a document cannot be read; `error` is what the decoder raised over it."""
+def json_flaw(error: Exception, document: bytes, what: str = "an event") -> str:
+    """Say why a document cannot be read; `error` is what the decoder raised over it.
+
+    `what` should have been there, where something else than an object is; "" names nothing.
+    """
     for beginning, words in _BEGINNINGS.items():
         if document.startswith(beginning):
             return words
@@ -49,27 +63,24 @@ def json_flaw(error: Exception, document: bytes) -> str:
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return "a text in it is not valid UTF-8"
-    return _said(str(error), document)
+    return _said(str(error), document, what)
 
 
-def _said(text: str, document: bytes) -> str:
-    if text == "Input data was truncated":
-        return "no JSON: it breaks off before its end"
-    if text == "Number out of range":
-        return "a number in it has too many digits"
+def _said(text: str, document: bytes, what: str) -> str:
+    for pattern, words in _NAMED.items():
+        if named := pattern.fullmatch(text):
+            return words.format(named[1])
     if syntax := _SYNTAX.fullmatch(text):
-        place = int(syntax[2])
-        return f"no JSON: {syntax[1]} at byte {place}{_excerpt(document, place)}"
-    if time := _TIME.fullmatch(text):
-        return f"{time[2]}: write a time with its zone, such as {TIME_EXAMPLE}"
+        at = int(syntax[2])
+        return f"no JSON: {syntax[1]} at byte {at}{_excerpt(document, at)}"
     if wrong := _TYPE.fullmatch(text):
-        where = wrong[3].replace("[...]", ", a value of it") if wrong[3] else "an event"
-        wanted = _WANTED.get(wrong[1], wrong[1])
-        return f"{where}: it must be {wanted}, and is {_FOUND.get(wrong[2], wrong[2])}"
-    return text
+        place = wrong[3].replace("[...]", ", a value of it") if wrong[3] else what
+        wanted, found = _WANTED.get(wrong[1], wrong[1]), _FOUND.get(wrong[2], wrong[2])
+        return f"{place}{': ' if place else ''}it must be {wanted}, and is {found}"
+    return _WHOLE.get(text, text)
 
 
-def _excerpt(document: bytes, place: int) -> str:
+def _excerpt(document: bytes, at: int) -> str:
     """What stands at a place, so that it can be found without counting."""
-    found = document[place : place + EXCERPT_BYTES].decode("utf-8", "replace")
+    found = document[at : at + EXCERPT_BYTES].decode("utf-8", "replace")
     return f": {found}" if found.strip() else ""

@@ -73,6 +73,38 @@ def test_unknown_words_of_the_decoder_are_passed_on():
     assert "data: it must be bytes, and is ext" == said
 
 
+def test_what_is_no_event_is_called_by_its_name():
+    """Or by none, where the sentence has named it before."""
+    error = _error(b"[]")
+
+    assert "the body: it must be an object, and is a list" == json_flaw(error, b"[]", "the body")
+    assert "it must be an object, and is a list" == json_flaw(error, b"[]", "")
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    limit: int | str | None = None
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        (b"{}", "id is missing"),
+        (b'{"id": "x", "colour": 1}', "there is no field colour here"),
+        (
+            b'{"id": "x", "limit": true}',
+            'limit: it must be a whole number or a text such as "0.5", and is true or false',
+        ),
+    ],
+)
+def test_strict_reader_names_the_field(document, said):
+    """Commands are read so: what is misspelt is told."""
+    with pytest.raises(msgspec.ValidationError) as refused:
+        msgspec.json.decode(document, type=_Strict)
+
+    assert said == json_flaw(refused.value, document)
+
+
 def test_place_behind_the_end_shows_no_excerpt():
     """There is nothing to show, nor among blanks."""
     error = msgspec.DecodeError("JSON is malformed: invalid character (byte 9)")
