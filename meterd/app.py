@@ -27,6 +27,7 @@ from meterd.bookkeeper import Bookkeeper
 from meterd.config.settings import MqttSourceSettings, RedisSourceSettings, Settings
 from meterd.core.changes import State
 from meterd.core.events import EventDecoder
+from meterd.core.keys import Keys
 from meterd.core.ledger import Conflict, Ledger
 from meterd.core.money import MICROS, format_amount, format_exact
 from meterd.core.plans import Plan
@@ -374,6 +375,7 @@ async def _open_books(
         producers=producers_of(settings),
     )
     bookkeeper.notary = _notary(settings, state)
+    bookkeeper.keys = Keys(state.keys)
     _check_agreements(ledger, ledger.plans, settings)
     await bookkeeper.start()
     await bookkeeper.reload(ledger.plans, ledger.meters)  # A price may have changed meanwhile.

@@ -16,6 +16,7 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +39,7 @@ from meterd.core.changes import (
     DeadLetter,
     Hold,
     JournalEntry,
+    KeyRow,
     MarkBlock,
     ProducerRow,
     ReceiptRow,
@@ -47,6 +49,7 @@ from meterd.core.changes import (
 )
 from meterd.core.events import EVENT_BYTES_MAX, Decoded, EventDecoder, Reason, Rejection
 from meterd.core.holds import Ask, Holds, Verdict
+from meterd.core.keys import Keys
 from meterd.core.ledger import HOUR_MS, OUTCOME_TYPE, VOID_TYPE, Conflict, Ledger, contents
 from meterd.core.meters import Meter
 from meterd.core.money import format_amount
@@ -101,6 +104,17 @@ _VOIDED = "\x01voided"
 _TOO_OLD = "is older than the dedupe window, and its number does not tell whether it is new"
 # No id is written so either. Marks what an event added to its second counter, and so on.
 _PART = "\x02"
+
+
+@dataclass(slots=True)
+class Begun:
+    """A call with an `Idempotency-Key`: the first commit of its work holds the key as well."""
+
+    row: KeyRow
+    written: bool = False
+
+
+BEGUN: ContextVar[Begun | None] = ContextVar("begun", default=None)
 
 
 class Clock(Protocol):
@@ -281,6 +295,7 @@ class Bookkeeper:
         self.positions = dict(positions)
         self.dead_letters = dead_letters
         self.pending = 0  # Deliveries that are applied and not yet durable.
+        self.keys = Keys()
         self.notary: Notary | None = None  # None: no receipts are made.
         self.watcher: Watcher | None = None  # None: nobody watches.
         self.due_changed = asyncio.Event()
@@ -788,6 +803,10 @@ class Bookkeeper:
             yield counter, found[0]
 
     def _commit(self, change: Change, deliveries: int = 0) -> asyncio.Future[None]:
+        begun = BEGUN.get()
+        if begun is not None and not begun.written:
+            begun.written = True
+            change = replace(change, keys=(begun.row,))
         future = self.store.commit(change)
         if deliveries:
             self.pending += deliveries
@@ -797,6 +816,16 @@ class Bookkeeper:
 
             future.add_done_callback(settled)
         return future
+
+    async def keep_answer(self, row: KeyRow) -> None:
+        """Remember the answer of a call with a key; durable at the return."""
+        gone = self.keys.put(row, self.clock.wall())
+        await self._durable(Change(keys=(row,), keys_gone=tuple(gone)))
+
+    async def forget_key(self, row: KeyRow) -> None:
+        """Forget a key whose call was refused after all."""
+        self.keys.forget(row.owner, row.key)
+        await self._durable(Change(keys_gone=((row.owner, row.key),)))
 
     def _oldest(self, now: int) -> int:
         """From when on events are taken: never from an hour whose identities are forgotten."""
@@ -911,6 +940,7 @@ class Bookkeeper:
         return account
 
         return missing
+
     async def note_openings(
         self, openings: Sequence[Opening], actor: str, action: str, subject: str, detail: str
     ) -> None:

@@ -36,6 +36,7 @@ CORE_ORDER = (
     "openings",
     "changes",
     "sequences",
+    "keys",
     "accounts",
     "ledger",
     "discovery",

@@ -23,9 +23,10 @@ from meterd.api.dead_letters import DeadLetters
 from meterd.api.events import Events
 from meterd.api.gate import Gate
 from meterd.api.health import Health
+from meterd.api.idempotency import Keyed
 from meterd.api.journal import Journal
-from meterd.api.openings import Openings
 from meterd.api.numbers import Numbers
+from meterd.api.openings import Openings
 from meterd.api.otlp import GZIP, Otlp
 from meterd.api.otlp import PATHS as OTLP_PATHS
 from meterd.api.overview import Overview
@@ -87,6 +88,7 @@ def build(
             _plain_bodies,
             Guard(settings.tokens, scopes).middleware(),
             Senders(bookkeeper, scopes).middleware(),
+            Keyed(bookkeeper, scopes).middleware(),
         ],
         client_max_size=settings.body_limit,
     )

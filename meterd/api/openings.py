@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from meterd.api.auth import ACTOR
+from meterd.api.idempotency import BEGUN_BEFORE, agreement_id_of, read_key
 from meterd.api.parts import Parts
 from meterd.api.problems import Problem
 from meterd.api.settings import Scope
@@ -64,6 +65,11 @@ class Openings:
 
     async def _open(self, request: web.Request) -> web.Response:
         order = await read_command(request, Order, example=OPEN_EXAMPLE)
+        key = read_key(request)
+        if key is not None:
+            # Its work had begun before a crash: what it made is bound or found again.
+            order.next = order.next and not request.get(BEGUN_BEFORE, False)
+            order.id = order.id or agreement_id_of(request, key)
         return json_answer(*await self.open(order, request[ACTOR]))
 
     async def open(self, order: Order, actor: str) -> tuple[Document, int]:

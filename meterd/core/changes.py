@@ -163,6 +163,22 @@ class ReceiptRow:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyRow:
+    """What an `Idempotency-Key` stands for. Key: owner and key.
+
+    A status of 0: the call's work has begun, and no answer was given.
+    """
+
+    owner: str  # The name of the token.
+    key: str
+    fingerprint: bytes  # Of the request.
+    at: int  # Wall ms.
+    status: int = 0
+    kind: str = ""  # The answer's content type.
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class JournalEntry:
     """An act that a person or a program must be able to look up later."""
 
@@ -193,6 +209,8 @@ class Change:
     escrows: tuple[Escrow, ...] = ()
     releases: tuple[Release, ...] = ()
     receipts: tuple[ReceiptRow, ...] = ()
+    keys: tuple[KeyRow, ...] = ()
+    keys_gone: tuple[tuple[str, str], ...] = ()  # (owner, key)
     openings: tuple[Opening, ...] = ()
     producers: tuple[ProducerRow, ...] = ()
     producers_gone: tuple[str, ...] = ()
@@ -218,6 +236,7 @@ class State:
     # Those whose escrow is not bound: unfinished, absent, or locked a moment before a crash.
     openings: list[Opening] = field(default_factory=list)
     opened: frozenset[str] = frozenset()  # Agreements that meterd itself has locked an escrow for.
+    keys: list[KeyRow] = field(default_factory=list)
     # The number and the hash of each agreement's last receipt.
     receipts: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from meterd.core.changes import (
     DeadLetter,
     Hold,
     JournalEntry,
+    KeyRow,
     MarkBlock,
     ProducerRow,
     ReceiptRow,
@@ -264,6 +265,17 @@ BEGIN SELECT RAISE(ABORT, 'a receipt never changes'); END;
 CREATE TRIGGER receipt_kept BEFORE DELETE ON receipt
 BEGIN SELECT RAISE(ABORT, 'a receipt is never deleted'); END;
 
+CREATE TABLE key (
+    owner TEXT NOT NULL,
+    key TEXT NOT NULL CHECK (key <> ''),
+    fingerprint BLOB NOT NULL CHECK (length(fingerprint) = 32),
+    at INTEGER NOT NULL,
+    status INTEGER NOT NULL CHECK (status >= 0),
+    kind TEXT NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (owner, key)
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE hold (
     id TEXT NOT NULL PRIMARY KEY CHECK (id <> ''),
     agreement TEXT NOT NULL REFERENCES agreement (id) DEFERRABLE INITIALLY DEFERRED,
@@ -347,6 +359,7 @@ _OPENING = (
     " escrow detail"
 )
 _RECEIPT = "agreement number at release statement hash signature"
+_KEY = "owner key fingerprint at status kind body"
 _DEAD_LETTER = "number source event_id reason detail payload transport_id fields received_at"
 _JOURNAL = "number at actor action subject detail hash"
 
@@ -363,6 +376,7 @@ _PUT_ESCROW = Upsert("escrow", _ESCROW, "id")
 _PUT_RELEASE = Upsert("release", _RELEASE, "id")
 _PUT_OPENING = Upsert("opening", _OPENING, "id")
 _PUT_RECEIPT = Upsert("receipt", _RECEIPT, "agreement number", replace=False)
+_PUT_KEY = Upsert("key", _KEY, "owner key")
 _PUT_DEAD_LETTER = Upsert("dead_letter", _DEAD_LETTER, "number")
 _PUT_POSITION = Upsert("position", "source position", "source")
 _PUT_JOURNAL = Upsert("journal", _JOURNAL, "number", replace=False)
@@ -377,6 +391,7 @@ ESCROW_COLUMNS = _ESCROW.replace(" ", ", ")
 RELEASE_COLUMNS = _RELEASE.replace(" ", ", ")
 OPENING_COLUMNS = _OPENING.replace(" ", ", ")
 RECEIPT_COLUMNS = _RECEIPT.replace(" ", ", ")
+KEY_COLUMNS = _KEY.replace(" ", ", ")
 DEAD_LETTER_COLUMNS = _DEAD_LETTER.replace(" ", ", ")
 JOURNAL_COLUMNS = _JOURNAL.replace(" ", ", ")
 
@@ -402,6 +417,7 @@ class Rows:
     escrows: dict[str, Escrow] = field(default_factory=dict)
     releases: dict[str, Release] = field(default_factory=dict)
     receipts: list[ReceiptRow] = field(default_factory=list)
+    keys: dict[tuple[str, str], KeyRow | None] = field(default_factory=dict)  # None: forgotten.
     openings: dict[str, Opening] = field(default_factory=dict)
     positions: dict[str, str] = field(default_factory=dict)
     marks: dict[int, list[MarkBlock]] = field(default_factory=dict)
@@ -439,6 +455,8 @@ class Rows:
         for release in change.releases:
             self.releases[release.id] = release
         self.receipts += change.receipts
+        self.keys.update({(key.owner, key.key): key for key in change.keys})
+        self.keys.update(dict.fromkeys(change.keys_gone))
         self.openings.update({opening.id: opening for opening in change.openings})
         self.positions.update(change.positions)
         for block in change.marks:
@@ -476,6 +494,8 @@ class Rows:
         by_state = sorted(self.releases.values(), key=lambda row: row.status in UNFINISHED)
         _PUT_RELEASE.put(connection, [_release(row) for row in by_state])
         _PUT_RECEIPT.put(connection, [_receipt(row) for row in self.receipts])
+        if self.keys:
+            self._write_keys(connection)
         _PUT_OPENING.put(connection, [_opening(row) for row in self.openings.values()])
         _PUT_POSITION.put(connection, list(self.positions.items()))
         _PUT_DEAD_LETTER.put(connection, [_dead_letter(row) for row in self.dead_letters.values()])
@@ -500,6 +520,12 @@ class Rows:
         if self.journal:
             self._write_journal(connection, heads)
         return heads
+
+    def _write_keys(self, connection: sqlite3.Connection) -> None:
+        kept = {name: row for name, row in self.keys.items() if row is not None}
+        _PUT_KEY.put(connection, [_key(row) for row in kept.values()])
+        for name in self.keys.keys() - kept.keys():
+            connection.execute("DELETE FROM key WHERE owner = ? AND key = ?", name)
 
     def _write_taken(self, connection: sqlite3.Connection) -> None:
         for (bucket, wide), parts in self.taken.items():
@@ -660,6 +686,11 @@ def _release(row: Release) -> Row:
 def _receipt(row: ReceiptRow) -> Row:
     number, hash_, signature = row.number, row.hash, row.signature
     return row.agreement, number, row.at, row.release, row.statement, hash_, signature
+
+
+def _key(row: KeyRow) -> Row:
+    owner = _text(row.owner)
+    return owner, row.key, row.fingerprint, row.at, row.status, row.kind, row.body
 
 
 def _opening(row: Opening) -> Row:

@@ -44,6 +44,7 @@ from meterd.core.changes import (
     Change,
     DeadLetter,
     JournalEntry,
+    KeyRow,
     MarkBlock,
     ReceiptRow,
     State,
@@ -838,6 +839,8 @@ def _state(connection: sqlite3.Connection, now_ms: int) -> State:
     state.numbers_from = 0 if limit is None else limit[0]
     state.positions = dict(execute("SELECT source, position FROM position"))
     state.escrows = _escrows(connection, now_ms)
+    rows = execute(f"SELECT {schema.KEY_COLUMNS} FROM key")  # noqa: S608
+    state.keys = [KeyRow(*row) for row in rows]
     heads = execute("SELECT agreement, max(number), hash FROM receipt GROUP BY agreement")
     state.receipts = {agreement: (number, hash_) for agreement, number, hash_ in heads}
     state.openings, state.opened = _openings(connection)
