@@ -33,6 +33,7 @@ from meterd.core.accounts import (
     ResolvedBatch,
     Touched,
 )
+from meterd.core.caps import NO_CAPS, PLAN
 from meterd.core.changes import (
     AgreementRow,
     Change,
@@ -99,6 +100,7 @@ log = get_logger(__name__)
 REFILL_LOOK_S = 2.0
 # The source of usage that captures a hold by its id.
 HOLD_SOURCE = "hold"
+RACING = "velocity_exceeded"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
 _TOO_OLD = "is older than the dedupe window, and its number does not tell whether it is new"
@@ -343,6 +345,7 @@ class Bookkeeper:
         resolved = self.ledger.resolve(decoded, deliveries.ids, source, oldest, now)
         if senders is not None:
             _refuse_foreign(resolved, senders)
+            _limit(resolved, senders)
         numbers = take_numbers(resolved.events)
         digest, fingerprint = self._identities.digest, self._identities.fingerprint
         digests = [digest(event.source, event.id) for event in resolved.events]
@@ -353,7 +356,7 @@ class Bookkeeper:
         if resolved.special:
             self._refuse_unsigned(resolved)
         # 3. Decide and apply.
-        entry = self.ledger.decide(resolved, digests, prints, known)
+        entry = self.ledger.decide(resolved, digests, prints, known, now)
         buckets = resolved.buckets
         if replaces is not None:
             buckets = [now // HOUR_MS] * len(buckets)
@@ -379,6 +382,7 @@ class Bookkeeper:
         if deliveries.position is not None:
             self.positions[source] = deliveries.position
         closing = [escrow for account in entry.closes for escrow in self._close_escrows(account)]
+        stopped = self._stop_racing(entry)
         change = replace(
             touched.change(),
             marks=marks,
@@ -388,7 +392,8 @@ class Bookkeeper:
             dead_letters=tuple(letters),
             dead_letters_gone=gone,
             positions=() if deliveries.position is None else ((source, deliveries.position),),
-            escrows=tuple(closing),
+            escrows=(*closing, *stopped),
+            journal=self._stops(stopped),
             producers=noted.kept,
             producers_gone=noted.gone,
             numbers_from=noted.numbers_from,
@@ -400,6 +405,7 @@ class Bookkeeper:
             self.watcher.accrued(touched.accounts)
         for account in touched.accounts:
             self._look(account, now)
+        self._tell_stopped(stopped)
         return Recorded(received, entry.accepted, entry.duplicates, entry.rejections, durable)
 
     def _mark(
@@ -503,13 +509,15 @@ class Bookkeeper:
         new: set[tuple[str, int | None]] = set()
         for place, (index, event) in enumerate(zip(resolved.indices, resolved.events, strict=True)):
             at, number = time_of(event), numbers.get(place)
-            if at is None or at >= oldest or known[place] >= 0 or index in resolved.refused:
+            if at is None or at >= oldest or known[place] >= 0:
                 continue
             says = Known.UNKNOWN
             if number is not None:
                 says = self.sequences.judge(event.source, number, at)
             if says is Known.SEEN or (event.source, number) in new:
                 verdicts[place] = prints[place]
+            elif index in resolved.refused:
+                continue
             elif says is Known.MISSING:
                 new.add((event.source, number))
             elif replaces is None:
@@ -932,8 +940,12 @@ class Bookkeeper:
             await self._durable(change)  # The first binding may still be on its way to the disk.
             return account
         detail = f"plan {agreement.plan}, escrows {dict(agreement.escrows)}"
-        entry = self._journal(actor, "agreement_bound", agreement.id, detail)
-        await self._durable(replace(change, journal=(entry,)))
+        entries = [self._journal(actor, "agreement_bound", agreement.id, detail)]
+        if account.is_racing:  # A new escrow is no way around a person's look.
+            stopped = self._stop(account)
+            entries += self._stops(stopped)
+            change = replace(change, escrows=(*change.escrows, *stopped))
+        await self._durable(replace(change, journal=tuple(entries)))
         for escrow in change.escrows:
             self._moved(escrow)
             self.visit(escrow.id)
@@ -965,6 +977,31 @@ class Bookkeeper:
     def _moved(self, escrow: Escrow) -> None:
         if self.watcher is not None:
             self.watcher.moved(escrow)
+
+    def _stop_racing(self, entry: Entry) -> list[Escrow]:
+        """Freeze what is left of the agreements that this batch has made accrue too fast."""
+        racing = {account: None for account, _ in entry.spent if account.is_racing}
+        return [escrow for account in racing for escrow in self._stop(account)]
+
+    def _stops(self, stopped: Sequence[Escrow]) -> tuple[JournalEntry, ...]:
+        return tuple(self._journal("meterd", RACING, one.id, one.reason) for one in stopped)
+
+    def _tell_stopped(self, stopped: Sequence[Escrow]) -> None:
+        for escrow in stopped:
+            self._alarm(escrow.id, Alarm(RACING, escrow.reason))
+
+    def _stop(self, account: Account) -> list[Escrow]:
+        """Freeze what is left of an agreement that accrues too fast, until a person has looked."""
+        caps = account.plan.caps or NO_CAPS
+        limit, span = format_amount(caps.velocity or 0), advice.span(caps.window / 1000)
+        why = (
+            f"more than {limit} USDC within {span} (plans.{account.plan.name}.caps.velocity_max):"
+            " nothing is paid until a person agrees"
+        )
+        going = [
+            one for one in self._open_escrows(account) if one.status is not EscrowStatus.FROZEN
+        ]
+        return [self._put(escrow.id, Freeze(why))[0] for escrow in going]
 
     def _close_escrows(self, account: Account) -> list[Escrow]:
         """Mark what is left of an agreement's escrows as closing."""
@@ -1008,11 +1045,21 @@ class Bookkeeper:
             for escrow in self.ledger.escrows_of(account)
             if escrow.status is EscrowStatus.FROZEN
         ]
+        windows = account.windows.get(PLAN) if account.is_racing else None
+        before = None if windows is None else replace(windows)
+        if windows is not None:  # From now on, so that usage of a moment later stops nothing.
+            windows.begin(self.clock.wall())
         try:
             event = Resume(reason, self.clock.wall())
             await self._act(
                 frozen or self._open_or_first(account), event, actor, "escrow_resumed", reason
             )
+            if windows is not None:
+                await self._durable(Change(agreements=(account.row,)))
+        except Refused:
+            if before is not None:
+                account.windows[PLAN] = before
+            raise
         finally:
             # Where a reading is missing or too old to resume on, the next try shall find a new one.
             for escrow in frozen:
@@ -1357,6 +1404,14 @@ def _refuse_foreign(resolved: ResolvedBatch, senders: Sequence[Producer | None])
         if not known[key]:
             detail = f"{sender.name} may not send usage of {event.agreement}: see its agreements"
             resolved.refused[index] = Reason.NOT_ALLOWED, detail
+
+
+def _limit(resolved: ResolvedBatch, senders: Sequence[Producer | None]) -> None:
+    """Note the caps of each event's sender, where there are any."""
+    for index in resolved.indices:
+        sender = senders[index]
+        if sender is not None and sender.caps is not None:
+            resolved.limits[index] = sender.name, sender.caps
 
 
 def _with_address(index: int, event: Decoded, deliveries: Deliveries, *, fills: bool) -> Decoded:

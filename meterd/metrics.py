@@ -52,6 +52,7 @@ ALARMS = (
     "release_key_refused",
     "release_missing",
     "uncollectible",
+    "velocity_exceeded",
     "void_failed",
 )
 ESCROW_CALLS = (

@@ -7,6 +7,7 @@ nowhere behind. The core is told rates, roles, deposits and thresholds; it never
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from meterd.config import (
     AgreementSettings,
@@ -16,8 +17,10 @@ from meterd.config import (
     Settings,
     WalletSettings,
 )
+from meterd.config.plans import CapsSettings, LimitSettings
 from meterd.config.values import webhook_key
 from meterd.core.accounts import Agreement
+from meterd.core.caps import Caps
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.money import MICROS, PICOS
 from meterd.core.plans import AtClose, Gate, Pattern, PeriodEnd, Plan, Settle, Version
@@ -75,6 +78,7 @@ def producers_of(settings: Settings) -> Producers:
             sources=entry.sources,
             keys=tuple(webhook_key(secret) for secret in entry.secrets),
             agreements=entry.agreements,
+            caps=caps_of(entry.caps),
         )
         for entry in settings.producers
     )
@@ -118,6 +122,7 @@ def plan_of(name: str, plan: PlanSettings, wallet: WalletSettings) -> Plan:
         ordered=plan.ordered,
         outcome_key=plan.outcome_key,
         renew=plan.renew,
+        caps=caps_of(plan.caps),
         gate=Gate(
             enforce=plan.gate.enforce,
             overdraft=plan.gate.overdraft_micros,
@@ -125,6 +130,22 @@ def plan_of(name: str, plan: PlanSettings, wallet: WalletSettings) -> Plan:
             fail_open=plan.gate.on_unknown == "open",
         ),
     )
+
+
+def caps_of(given: LimitSettings | None) -> Caps | None:
+    """Make the caps of a plan or a producer; None where there is not one."""
+    if given is None:
+        return None
+    caps = Caps(
+        event=given.event_max_micros,
+        minute=given.minute_max_micros,
+        day=given.day_max_micros,
+        lifetime=given.lifetime_max_micros,
+    )
+    if isinstance(given, CapsSettings):
+        window = given.velocity_window.ms
+        caps = replace(caps, velocity=given.velocity_max_micros, window=window)
+    return None if caps == Caps(window=caps.window) else caps
 
 
 def _agreement(entry: AgreementSettings) -> Agreement:

@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from meterd.core.caps import Caps
 from meterd.core.events import Reason
 from meterd.sources import Deliveries, Fault, Proof
 
@@ -44,13 +45,17 @@ CALLER: ContextVar[str] = ContextVar("producer", default="")
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """One sender of usage. No keys: it need not sign. No agreements: all of them."""
+    """One sender of usage. No keys: it need not sign. No agreements: all of them.
+
+    `caps` bound what it may make each agreement accrue.
+    """
 
     name: str
     token: str = ""
     sources: tuple[str, ...] = ()
     keys: tuple[bytes, ...] = field(default=(), repr=False)
     agreements: tuple[str, ...] = ()
+    caps: Caps | None = None
 
     def may_send_for(self, agreement: str) -> bool:
         """Whether usage of an agreement is this producer's to tell."""

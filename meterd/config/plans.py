@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from meterd.config.table import Listed, Table, one_of
 from meterd.config.values import (
@@ -147,6 +147,43 @@ class GateSettings(Table):
     on_unknown: Literal["closed", "open"] = "closed"
 
 
+class LimitSettings(Table):
+    """`caps` of a producer: how much it may make each agreement accrue."""
+
+    event_max_micros: Micros | None = Field(default=None, alias="event_max")
+    minute_max_micros: Micros | None = Field(default=None, alias="minute_max")
+    day_max_micros: Micros | None = Field(default=None, alias="day_max")
+    lifetime_max_micros: Micros | None = Field(default=None, alias="lifetime_max")
+
+    @model_validator(mode="after")
+    def _a_wider_cap_is_not_lower(self) -> LimitSettings:
+        before, least = "", 0
+        for name in ("event", "minute", "day", "lifetime"):
+            cap = getattr(self, f"{name}_max_micros")
+            if cap is not None and cap < least:
+                key = f"{name}_max"
+                refuse(f"is below {before}_max, which could never be reached; raise it", at=key)
+            if cap is not None:
+                before, least = name, cap
+        return self
+
+
+class CapsSettings(LimitSettings):
+    """`caps` of a plan: how much, and how fast, an agreement under it may accrue."""
+
+    velocity_max_micros: Micros | None = Field(default=None, alias="velocity_max")
+    velocity_window: Span = read_duration("1h")
+
+    @model_validator(mode="after")
+    def _a_window_has_its_limit(self) -> CapsSettings:
+        if "velocity_window" in self.model_fields_set and self.velocity_max_micros is None:
+            refuse(
+                'says nothing without velocity_max; write it, such as velocity_max = "5.00"',
+                at="velocity_window",
+            )
+        return self
+
+
 class VersionSettings(Table):
     """One entry of `versions`: the rates and the fee from a moment on."""
 
@@ -213,6 +250,7 @@ class PlanSettings(Table):
     renew: bool = False
     memo: Memo = ""
     at_close: Literal["refund", "leave"] | None = None
+    caps: CapsSettings | None = None
 
     @property
     def on_wallet(self) -> bool:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from meterd.config.plans import PlanSettings
+from meterd.config.plans import LimitSettings, PlanSettings
 from meterd.config.table import NOT_YET, Listed, Table, one_of
 from meterd.config.values import (
     AGENT_ID,
@@ -348,6 +348,7 @@ class ProducerSettings(Table):
     old_secret: WebhookSecret | None = None
     old_secret_file: FilePath | None = None
     agreements: Listed[NamePattern] = ()
+    caps: LimitSettings | None = None
 
     @property
     def secrets(self) -> tuple[Secret, ...]:

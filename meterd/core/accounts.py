@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from meterd.core.caps import PLAN, Caps, Windows, windows_text
 from meterd.core.changes import AgreementRow, Change, CounterRow, SampleRow
 from meterd.core.events import Reason, Rejection, UsageEvent
 from meterd.core.meters import Meter, Samples
@@ -56,12 +57,16 @@ class Line:
 
     def work_out(self) -> int:
         """Price all of it anew; by how much the charge has changed."""
-        charge = 0
-        if self.events or (self.ended and self.card.rates[self.place].minimum is not None):
-            charge = self.card.line_charge(self.place, self.quantity, self.amount, ended=self.ended)
-            charge *= self.account.denominator // self.card.denominator
+        charge = self.charge_of(self.quantity, self.amount, self.events)
         before, self.charge = self.charge, charge
         return charge - before
+
+    def charge_of(self, quantity: int, amount: int, events: int) -> int:
+        """Price so much usage, in 1 / account.denominator USDC."""
+        if not (events or (self.ended and self.card.rates[self.place].minimum is not None)):
+            return 0
+        charge = self.card.line_charge(self.place, quantity, amount, ended=self.ended)
+        return charge * (self.account.denominator // self.card.denominator)
 
 
 @dataclass(eq=False, slots=True)
@@ -122,6 +127,8 @@ class Account:
     by_role: dict[str, int] | None = None
     # Only where the plan bounds the exposure: how fast usage has been earned.
     bursts: Bursts | None = None
+    # Only where there are caps: what was accrued in the windows of now, by whose caps they are.
+    windows: dict[str, Windows] = field(default_factory=dict)
     counters: dict[CounterKey, Counter] = field(default_factory=dict)
     lines: dict[tuple[int, str, int], Line] = field(default_factory=dict)
 
@@ -168,7 +175,14 @@ class Account:
             units=self.units,
             unsettled_since=self.unsettled_since,
             period=self.period,
+            spent=windows_text(self.windows) if self.windows else "",
         )
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether it accrues faster than may be paid without a person's look."""
+        caps, windows = self.plan.caps, self.windows.get(PLAN)
+        return caps is not None and windows is not None and windows.is_racing(caps)
 
     def grow(self, role: str, charge: int) -> None:
         """Add to what is owed; a charge below zero is a credit."""
@@ -201,7 +215,8 @@ class ResolvedBatch:
     10^-21 USDC, sample `keys` of meters that are not additive, `parts`, and the `holds` that are
     captured. By the delivery's index, `fed` notes what a typed event feeds until its identity is
     known, and `refused` says why an event is rejected unless it turns out to be a duplicate.
-    `special`: there are events of special types; `late` are those, by the delivery's index, that
+    `limits` are the caps of their senders, by whom; `special`: there are events of special types;
+    `late` are those, by the delivery's index, that
     are too old but have a number.
     """
 
@@ -218,6 +233,7 @@ class ResolvedBatch:
     holds: dict[int, str] = field(default_factory=dict)
     refused: dict[int, Why] = field(default_factory=dict)
     late: set[int] = field(default_factory=set)
+    limits: dict[int, tuple[str, Caps]] = field(default_factory=dict)
     special: bool = False
 
 
@@ -226,6 +242,7 @@ class Entry:
     """What a batch does: each delivery counts as one of accepted, duplicates, rejections.
 
     `fresh` says for each resolved event whether its identity is new; None: all of them are.
+    `spent` is what is taken under caps, in 1 / denominator USDC, by whose caps they are.
     """
 
     accepted: int
@@ -238,6 +255,7 @@ class Entry:
     voids: list[UsageEvent] = field(default_factory=list)
     amounts: dict[Counter, int] = field(default_factory=dict)
     samples: dict[Counter, list[tuple[str, int]]] = field(default_factory=dict)
+    spent: dict[tuple[Account, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class AgreementRow:
     units: int  # Nanos of all its meters together, meterd's own apart.
     unsettled_since: int  # Wall ms of the oldest usage that no release was intended for; 0: none.
     period: int = 0  # The number of the running one; those before it have ended.
+    spent: str = ""  # What was accrued in the windows of caps: see `caps.windows_text`.
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from meterd.core.accounts import (
     capacity,
     paid,
 )
+from meterd.core.caps import NO_CAPS, PLAN, Windows, windows_of
 from meterd.core.changes import AgreementRow, CardRow, Change, CounterRow, SampleRow, State
 from meterd.core.events import (
     DIMENSIONS_MAX,
@@ -86,6 +87,7 @@ from meterd.core.pricing import (
 )
 from meterd.core.settlement import Escrow, EscrowStatus
 from meterd.core.thresholds import Bursts, Standing
+from meterd.core.trial import Trial
 
 CLOSE_TYPE = "meterd.close"
 VOID_TYPE = "meterd.void"
@@ -129,6 +131,7 @@ class Ledger:
         # Agreements whose next escrow meterd locks: they wait for it and do not lapse.
         self.awaited: set[str] = set()
         self._period_ends: list[tuple[int, str]] = []  # A heap of (wall ms, agreement).
+        self._capped = False  # Whether any plan has caps.
         self._note_plans()
 
     # -- Reading back what was stored ---------------------------------------------------------
@@ -175,6 +178,7 @@ class Ledger:
         account.events, account.units = row.events, row.units
         account.unsettled_since, account.closing = row.unsettled_since, row.closing
         account.period = row.period
+        account.windows = windows_of(row.spent)
         for stored in counters:
             self._restore_counter(account, stored, samples.get(stored.number, ()))
         self._enter(account)
@@ -673,6 +677,7 @@ class Ledger:
                 for rate in card.rates:
                     asked.setdefault(rate.meter, set()).update(name for name, _ in rate.where)
         self._asked = {meter: tuple(sorted(names)) for meter, names in asked.items()}
+        self._capped = any(plan.caps is not None for plan in self.plans.values())
 
     def _meter(self, name: str) -> Meter:
         return _OWN.get(name) or self.meters.get(name) or Meter(name)
@@ -998,22 +1003,25 @@ class Ledger:
         digests: Sequence[bytes],
         prints: Sequence[int],
         known: Sequence[int],
+        now: int = 0,
     ) -> Entry:
-        """Tell new identities from duplicates and conflicts. Pure.
+        """Tell new identities from duplicates and conflicts, and what is over a cap. Pure.
 
         For each resolved event: its identity's digest, its content's fingerprint, and the
-        fingerprint under which the identity is known (-1: it is not).
+        fingerprint under which the identity is known (-1: it is not). `now` in wall ms, for caps.
         """
         rejections = list(resolved.rejections)
         fresh: list[bool] | None = None
         duplicates = 0
+        trial = Trial(resolved, now) if self._capped or resolved.limits else None
         if (
-            resolved.special
+            trial is not None
+            or resolved.special
             or resolved.refused
             or max(known, default=-1) >= 0
             or len(set(digests)) < len(digests)
         ):
-            fresh, duplicates = _tell_verdicts(resolved, digests, prints, known, rejections)
+            fresh, duplicates = _tell_verdicts(resolved, digests, prints, known, rejections, trial)
         counters: Iterable[Counter | None] = resolved.counters
         pairs = zip(resolved.counters, resolved.quantities, strict=True)
         if fresh is not None:
@@ -1047,6 +1055,8 @@ class Ledger:
             _add_extras(entry, resolved, fresh)
         if resolved.parts:
             _add_parts(entry, resolved, fresh)
+        if trial is not None:
+            entry.spent = trial.spent
         return entry
 
     def _without_counter(
@@ -1072,6 +1082,10 @@ class Ledger:
                 account.unsettled_since = wall
             if account.bursts is not None:
                 account.bursts.note(account.owed, wall)
+        for (account, name), charge in entry.spent.items():
+            windows = account.windows.setdefault(name, Windows())
+            caps = account.plan.caps if name == PLAN else None
+            windows.note(Fraction(charge, account.denominator), wall, caps or NO_CAPS)
         for account in entry.closes:
             closed = self.close(account, wall)
             touched.counters.update(closed.counters)
@@ -1163,6 +1177,7 @@ def _tell_verdicts(
     prints: Sequence[int],
     known: Sequence[int],
     rejections: list[Rejection],
+    trial: Trial | None,
 ) -> tuple[list[bool], int]:
     """Tell of each event whether it is fresh, in their order; and how many are duplicates.
 
@@ -1178,6 +1193,10 @@ def _tell_verdicts(
         if before < 0:
             why = resolved.refused.get(resolved.indices[place])
             why = why or _out_of_turn(resolved, place, reached)
+            if why is None and trial is not None:
+                why = trial.refusal(place)
+                if why is not None:
+                    reached.discard(resolved.counters[place])
         elif before != prints[place]:
             why = Reason.CONFLICT, "the same source and id came before with other content"
         else:
@@ -1311,7 +1330,7 @@ def _add_parts(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None) 
     for place, parts in resolved.parts.items():
         if fresh is not None and not fresh[place]:
             continue
-        for part in parts:
+        for number, part in enumerate(parts):
             counter = part.counter
             entry.quantities[counter] = entry.quantities.get(counter, 0) + part.quantity
             entry.events[counter] = entry.events.get(counter, 0) + 1

@@ -22,6 +22,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from meterd.core.caps import Caps
 from meterd.core.pricing import MILESTONE_METER, RateCard
 
 BASE = "base"
@@ -100,6 +101,7 @@ class Plan:
     ordered    of a milestone plan: its tranches must come in their order.
     outcome_key  of a performance plan: the evaluator's Ed25519 public key, 32 bytes.
     renew      meterd locks the next escrow itself, for agreements that it has opened.
+    caps       how much, and how fast, an agreement under it may accrue; None: no limits.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Plan:
     outcome_key: bytes | None = None
     gate: Gate = field(default_factory=Gate)
     renew: bool = False
+    caps: Caps | None = None
 
     @property
     def cards(self) -> Iterator[RateCard]:

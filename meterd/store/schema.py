@@ -179,6 +179,7 @@ BEGIN SELECT RAISE(ABORT, 'the journal is only ever added to'); END;
 
 _VERSION_2 = f"""
 ALTER TABLE agreement ADD COLUMN period INTEGER NOT NULL DEFAULT 0 CHECK (period >= 0);
+ALTER TABLE agreement ADD COLUMN spent TEXT NOT NULL DEFAULT '';
 ALTER TABLE escrow ADD COLUMN refund INTEGER NOT NULL DEFAULT 0 CHECK (refund IN (0, 1));
 
 CREATE TABLE counter_of_period (
@@ -194,7 +195,7 @@ CREATE TABLE counter_of_period (
     PRIMARY KEY (agreement, period, card, meter, dimensions)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counter_of_period
-SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER ()
+SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER (), 0
 FROM counter;
 DROP TABLE counter;
 ALTER TABLE counter_of_period RENAME TO counter;
@@ -343,6 +344,7 @@ class Upsert:
 
 _AGREEMENT = (
     "id plan payer origin escrows closing opened_at accrued events units unsettled_since period"
+    " spent"
 )
 _COUNTER = "agreement card meter dimensions quantity events period amount number"
 _SAMPLE = "counter key quantity count"
@@ -591,6 +593,7 @@ def _agreement(row: AgreementRow) -> Row:
         _number(row.units),
         row.unsettled_since,
         row.period,
+        row.spent,
     )
 
 
@@ -754,7 +757,7 @@ def fraction(text: str) -> Fraction:
 def agreement_of(row: Sequence[object]) -> AgreementRow:
     """Read back an agreement, in the order of `AGREEMENT_COLUMNS`."""
     id_, plan, payer, origin, escrows, closing, opened_at, accrued, *rest = row
-    events, units, since, period = rest
+    events, units, since, period, spent = rest
     return AgreementRow(
         str(id_),
         str(plan),
@@ -768,6 +771,7 @@ def agreement_of(row: Sequence[object]) -> AgreementRow:
         _int(units),
         _int(since),
         _int(period),
+        str(spent),
     )
 
 

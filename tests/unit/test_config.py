@@ -27,7 +27,9 @@ from meterd.config.plans import (
     MODELS,
     PATTERNS,
     PATTERNS_OF,
+    CapsSettings,
     GateSettings,
+    LimitSettings,
     PlanSettings,
     QuotaSettings,
     RateSettings,
@@ -109,6 +111,11 @@ EXPECTED: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "brackets_without_end": [("configuration", "is nested too deeply; write it flatter")],
+    "caps_that_cannot_be_reached": [
+        ("producers[0].caps.velocity_max", "there is no such key; did you mean"),
+        ("plans.stream.caps.day_max", "is below minute_max, which could never be reached; raise"),
+        ("plans.calls.caps.velocity_window", "says nothing without velocity_max; write it, such"),
+    ],
     "certificate_without_its_key": [
         ("http.tls_key_file", "tls_cert_file and tls_key_file belong together; write both or none"),
     ],
@@ -1419,6 +1426,7 @@ def tables_of_the_example() -> Iterator[tuple[str, type[Table], dict[str, object
     yield "sources.redis", RedisSourceSettings, raw["sources"][0]
     yield "sources.mqtt", MqttSourceSettings, raw["sources"][1]
     yield "producers", ProducerSettings, raw["producers"][0]
+    yield "producers.caps", LimitSettings, raw["producers"][0]["caps"]
     yield "meters", MeterSettings, raw["meters"]["tokens"]
     plan = raw["plans"]["tokens"]
     yield "plans", PlanSettings, plan
@@ -1426,6 +1434,7 @@ def tables_of_the_example() -> Iterator[tuple[str, type[Table], dict[str, object
     yield "plans.rates.tiers", TierSettings, plan["rates"][0]["tiers"][0]
     yield "plans.settle", SettleSettings, plan["settle"]
     yield "plans.gate", GateSettings, plan["gate"]
+    yield "plans.caps", CapsSettings, plan["caps"]
     yield "plans.versions", VersionSettings, plan["versions"][0]
     yield "plans.quota", QuotaSettings, plan["quota"]
     yield "plans.tranches", TrancheSettings, plan["tranches"][0]

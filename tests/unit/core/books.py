@@ -64,7 +64,7 @@ class Till:
         digests = [repr((event.source, event.id)).encode() for event in resolved.events]
         prints = [hash(content) & 0xFFFFFFFF for content in contents(resolved.events)]
         known = [self.known.get(digest, -1) for digest in digests]
-        entry = self.books.decide(resolved, digests, prints, known)
+        entry = self.books.decide(resolved, digests, prints, known, now)
         for place in range(len(digests)):
             if entry.fresh is None or entry.fresh[place]:
                 self.known[digests[place]] = prints[place]
