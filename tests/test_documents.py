@@ -17,6 +17,8 @@ from meterd.cli.main import tree
 from meterd.config.environment import RESERVED, _names
 from meterd.config.settings import Settings, Table
 from meterd.config.shape import keys_of, shape_of
+from meterd.core.feeds import GENAI_TYPE, USAGE_TYPE
+from meterd.core.ledger import SPECIAL_TYPES
 from meterd.core.plans import Pattern
 from meterd.intake import SourceState
 from meterd.metrics import Metrics, Reads
@@ -28,6 +30,8 @@ each_document = pytest.mark.parametrize("document", ALL, ids=lambda path: path.n
 
 # Names with a dot that end so are files and no keys.
 FILES = {"db", "lock", "py", "reserve", "toml"}
+# Types of events, and the attributes of OpenTelemetry that are read.
+NO_KEYS = {*SPECIAL_TYPES, USAGE_TYPE, GENAI_TYPE, genai.EVENT, *genai.WANTED}
 
 
 # -- Keys and defaults -----------------------------------------------------------------------------
@@ -51,13 +55,9 @@ def models_at(key: str) -> list[type[Table]]:
 
 
 def keys_in(document: Path) -> list[str]:
-    """The keys with dots that a document names; attributes of OpenTelemetry look like them."""
+    """The keys with dots that a document names, and nothing that only looks like one."""
     dotted = [word for word in code_words(document) if re.fullmatch(r"[a-z]\w*(\.\w+)+", word)]
-    return [
-        word
-        for word in dotted
-        if word.rpartition(".")[2] not in FILES and word not in {*genai.WANTED, genai.EVENT}
-    ]
+    return [word for word in dotted if word.rpartition(".")[2] not in FILES and word not in NO_KEYS]
 
 
 @each_document
