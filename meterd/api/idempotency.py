@@ -52,6 +52,11 @@ def read_key(request: web.Request) -> str | None:
     return key
 
 
+def takes_keys(method: str, scope: Scope | None) -> bool:
+    """Whether a call changes something that has no id of its own, as events have."""
+    return method not in READS and scope in SCOPES
+
+
 def used_otherwise() -> Problem:
     """Say that a key came with another request before."""
     detail = f"this {HEADER} came with another request before; take a new key"
@@ -97,8 +102,7 @@ class Keyed:
     def _takes_keys(self, request: web.Request) -> bool:
         route = request.match_info.route
         path = None if route.resource is None else route.resource.canonical
-        acts = request.method not in READS and self._scopes.get(route) in SCOPES
-        return acts and path not in OWN
+        return takes_keys(request.method, self._scopes.get(route)) and path not in OWN
 
     async def _once(self, request: web.Request, key: str, handler: Handler) -> web.StreamResponse:
         owner, fingerprint = request[ACTOR], await _fingerprint(request)

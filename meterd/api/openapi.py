@@ -15,7 +15,8 @@ from typing import Any
 from aiohttp import web
 
 from meterd import __version__
-from meterd.api import problems
+from meterd.api import idempotency, problems
+from meterd.api.idempotency import takes_keys
 from meterd.api.wire import LIMIT_DEFAULT, LIMIT_MAX, REASON_CHARS_MAX, Call, json_answer
 from meterd.core.events import Reason
 from meterd.core.settlement import ReleaseStatus
@@ -657,9 +658,20 @@ def call_for(calls: Sequence[Call]) -> Call:
     return own
 
 
+KEY: Mapping[str, Any] = {
+    "name": idempotency.HEADER,
+    "in": "header",
+    "description": "Sent again with the same key, the call does its work once.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": idempotency.KEY_CHARS_MAX},
+}
+
+
 def _operation(call: Call, described: Described) -> dict[str, Any]:
     answers = {str(status): _answer(what) for status, what in described.answers.items()}
-    for status, text in PROBLEMS.items():
+    problems_of = dict(PROBLEMS)
+    if takes_keys(call.method, call.scope):
+        problems_of[422] = "The key came with another request before; take a new one."
+    for status, text in problems_of.items():
         problem, own = _problem(text), answers.get(str(status), {})
         answers[str(status)] = {
             **problem,
@@ -671,7 +683,8 @@ def _operation(call: Call, described: Described) -> dict[str, Any]:
             answers[str(status)]["content"] |= {JSON: {"schema": shape}, PROTOBUF: BINARY}
     operation: dict[str, Any] = {
         "summary": described.summary,
-        "parameters": _parameters(call.path, described.query or {}),
+        "parameters": _parameters(call.path, described.query or {})
+        + ([KEY] if takes_keys(call.method, call.scope) else []),
         "responses": answers,
         # Without configured tokens everything is open to programs of this machine.
         "security": [] if call.scope is None else [{"token": []}, {}],

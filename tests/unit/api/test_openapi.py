@@ -52,7 +52,9 @@ async def test_description_names_the_scope_and_the_parameters_of_a_call(document
 
     assert Scope.ADMIN.value == bind["x-scope"]
     assert [{"token": []}, {}] == bind["security"]
-    assert [("id", "path")] == [(one["name"], one["in"]) for one in bind["parameters"]]
+    assert [("id", "path"), ("Idempotency-Key", "header")] == [
+        (one["name"], one["in"]) for one in bind["parameters"]
+    ]
     assert ["application/problem+json"] == list(bind["responses"]["409"]["content"])
     assert [] == paths["/healthz"]["get"]["security"]
     assert "x-scope" not in paths["/healthz"]["get"]
@@ -75,3 +77,18 @@ def test_body_is_described_with_the_members_that_are_read(name, kind):
 def test_example_of_a_body_is_one_that_is_read(call, example):
     """Whoever copies it is not refused for its form."""
     assert msgspec.convert(example, KINDS[openapi.CALLS[call].body])
+
+
+async def test_description_names_the_key_where_a_call_takes_one(document):
+    """Calls that change something, apart from events, whose ids do the same."""
+    paths = document[0]["paths"]
+
+    def named(path, method):
+        return "Idempotency-Key" in {one["name"] for one in paths[path][method]["parameters"]}
+
+    assert named("/v1/authorize", "post")
+    assert named("/v1/agreements/{id}", "put")
+    assert named("/v1/dead-letters/{number}", "delete")
+    assert "422" in paths["/v1/agreements"]["post"]["responses"]
+    assert not named("/v1/events", "post")
+    assert not named("/v1/agreements", "get")
