@@ -26,7 +26,7 @@ from meterd.sources import Deliveries, Fault
 SOURCE = "http"
 NDJSON = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
 CLOUDEVENT, CLOUDEVENTS = "application/cloudevents+json", "application/cloudevents-batch+json"
-BINARY = "ce-"  # The headers of a CloudEvent in binary mode begin so.
+BINARY = "ce-"  # The attributes of a CloudEvent in binary mode are headers that begin so.
 REJECTED_SHOWN = 10  # In an answer that is a sentence.
 BLANKS = b" \t\r\n"
 EXAMPLE = '{"id": "req-1", "escrow_id": "esc_1", "meter": "tokens", "quantity": 12}'
@@ -80,7 +80,7 @@ def payloads_of(request: web.Request, body: bytes) -> list[bytes]:
     Raises `Problem`.
     """
     kind = request.content_type
-    if any(name.lower().startswith(BINARY) for name in request.headers):
+    if f"{BINARY}specversion" in request.headers:
         return [_binary(request, body)]
     if kind == CLOUDEVENTS and not body.lstrip(BLANKS).startswith(b"["):
         raise Problem(400, "not-a-list", f"{CLOUDEVENTS} is a list of CloudEvents")
