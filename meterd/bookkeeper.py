@@ -916,6 +916,7 @@ class Bookkeeper:
             raise Refused(f"nothing of {source} is missing")
         entry = self._journal(actor, "numbers_given_up", source, f"{missing}: {reason}")
         await self._durable(Change(producers=(row,), journal=(entry,)))
+        return missing
 
     @contextlib.asynccontextmanager
     async def _letter(self, number: int) -> AsyncIterator[DeadLetter]:
@@ -950,8 +951,6 @@ class Bookkeeper:
             self._moved(escrow)
             self.visit(escrow.id)
         return account
-
-        return missing
 
     async def note_openings(
         self, openings: Sequence[Opening], actor: str, action: str, subject: str, detail: str
