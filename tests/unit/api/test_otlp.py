@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import time
 import zlib
@@ -26,7 +27,9 @@ from meterd.api.problems import Problem
 from meterd.config.settings import OtlpSettings
 from meterd.otlp.genai import COUNTED
 from meterd.otlp.reading import Encoding
+from meterd.producers import Producer, Producers
 from tests import otlp
+from tests.signing import key_of, signed
 
 ENCODINGS = list(Encoding)
 CALL = {**otlp.CALL, "meterd.agreement": "esc_1"}
@@ -326,6 +329,25 @@ async def test_an_exporter_tries_again_when_it_is_told_to(world):
     assert accrued(world) == Fraction(7 * 2, 1_000_000) + Fraction(1, 1000)
     exporter.shutdown()
     provider.shutdown()
+
+
+async def test_a_body_that_was_read_for_its_signature_is_read_no_second_time(make_world):
+    """A producer with keys signs here too, with whatever stands between it and its exporter."""
+    token = ApiToken("sender", "token-of-a-sender-0123456789", frozenset({Scope.INGEST}))
+    world = await make_world(ApiSettings(tokens=(token,)))
+    await world.bind()
+    key = key_of("sender")
+    keys = (base64.b64decode(key.removeprefix("whsec_")),)
+    world.bookkeeper.producers = Producers([Producer("sender", token="sender", keys=keys)])
+    message = spans_of(world, CALL)
+    body = otlp.written(message, Encoding.PROTOBUF)
+    bearer = {"Authorization": f"Bearer {token.text}"}
+    proof = signed(key, body, at=world.clock.wall() // 1000)
+    unsigned = await send(world, message, headers=bearer)
+    answer = await send(world, message, headers={**bearer, **proof})
+
+    assert (unsigned.status, answer.status, answer.body) == (401, 200, b"")
+    assert accrued(world) == PRICE
 
 
 async def test_an_exporter_shows_its_token_by_the_environment(make_world, monkeypatch):
