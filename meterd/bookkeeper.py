@@ -790,8 +790,10 @@ class Bookkeeper:
             await self._durable(Change(voids_gone=(void.number,), journal=(entry,)))
             return
         touched = Touched()
-        for counter, one in parts:
-            self.ledger.take_back(counter, one.quantity, one.amount, one.sample, touched)
+        for number, (counter, one) in enumerate(parts):
+            self.ledger.take_back(
+                counter, one.quantity, one.amount, one.sample, touched, shared=number > 0
+            )
         entry = self._journal("meterd", "event_taken_back", void.agreement, void.voids)
         change = replace(touched.change(), voids_gone=(void.number,), journal=(entry,))
         await self._durable(change)

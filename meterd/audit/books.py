@@ -76,6 +76,7 @@ class Counter:
     period: int
     amount: int  # 10^-21 USDC.
     number: int  # 0 in a store of version 1.
+    shared: int  # Of the events, those that are counted at another counter already.
 
     @property
     def row(self) -> str:
@@ -208,7 +209,7 @@ def read_books(connection: sqlite3.Connection, findings: Findings) -> Books:
     later = books.version > 1
     books.cards = {card.id: card for card in rows("card", "id, text", _card)}
     columns = "agreement, card, meter, dimensions, quantity, events"
-    columns += ", period, amount, number" if later else ", 0, 0, 0"
+    columns += ", period, amount, number, shared" if later else ", 0, 0, 0, 0"
     books.counters = list(rows("counter", columns, _counter))
     columns = "id, escrows, closing, accrued, events, units" + (", period" if later else ", 0")
     books.agreements = {row.id: row for row in rows("agreement", columns, _agreement)}

@@ -64,7 +64,8 @@ def _check_agreements(books: Books, findings: Findings) -> None:
     events: dict[str, int] = {}
     units: dict[str, int] = {}
     for counter in books.counters:
-        events[counter.agreement] = events.get(counter.agreement, 0) + counter.events
+        own = counter.events - counter.shared
+        events[counter.agreement] = events.get(counter.agreement, 0) + own
         used = 0 if counter.meter in OWN else counter.quantity
         units[counter.agreement] = units.get(counter.agreement, 0) + used
         findings.expect(

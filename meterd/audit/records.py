@@ -135,7 +135,7 @@ def _check_count(books: Books, marks: int, findings: Findings, *, forgotten: boo
     that this event was taken back. Where marks have left the window there are fewer, and then only
     "not more" can be said.
     """
-    events = sum(counter.events for counter in books.counters)
+    events = sum(counter.events - counter.shared for counter in books.counters)
     events += sum(books.taken_back.values()) + 2 * books.voids
     closing = any(agreement.closing for agreement in books.agreements.values())
     findings.expect(

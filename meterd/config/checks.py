@@ -113,9 +113,7 @@ ONE_COMES_WITH = (
 )
 ONE_SIGNS_WITH = "is a key of producers[{first}] too; make one of its own"
 COMES_WITH_NOTHING = 'there is no token "{token}" in http.tokens; {nearest}'
-MAY_NOT_SEND = (
-    'the token "{token}" may not send usage; give it the scope ingest in http.tokens'
-)
+MAY_NOT_SEND = 'the token "{token}" may not send usage; give it the scope ingest in http.tokens'
 NO_SUCH_SOURCE = 'there is no source "{source}" in [[sources]]; {nearest}'
 SHARED_SOURCE = (
     'producers[{first}] sends over "{source}" too, so both need a key to be told apart; write'

@@ -92,6 +92,7 @@ class Counter:
     quantity: int = 0
     amount: int = 0
     events: int = 0
+    shared: int = 0  # Of the events, those that are counted for the agreement elsewhere.
 
     @property
     def row(self) -> CounterRow:
@@ -106,6 +107,7 @@ class Counter:
             self.period,
             self.amount,
             self.number,
+            self.shared,
         )
 
 
@@ -255,6 +257,8 @@ class Entry:
     voids: list[UsageEvent] = field(default_factory=list)
     amounts: dict[Counter, int] = field(default_factory=dict)
     samples: dict[Counter, list[tuple[str, int]]] = field(default_factory=dict)
+    # Of the events, those that fed another counter first.
+    shared: dict[Counter, int] = field(default_factory=dict)
     spent: dict[tuple[Account, str], int] = field(default_factory=dict)
 
 

@@ -47,6 +47,7 @@ class CounterRow:
     period: int = 0
     amount: int = 0  # Of dynamic rates: the events' quantity x price, in 10^-21 USDC.
     number: int = 0  # A short name, from 1, by which taken events remember their counter.
+    shared: int = 0  # How many of the events fed another counter first, and count there.
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,6 +212,7 @@ class Ledger:
             quantity=stored.quantity,
             amount=stored.amount,
             events=stored.events,
+            shared=stored.shared,
         )
         if counter.samples is None:
             fits = not any(sample.count for sample in samples)
@@ -1076,6 +1077,8 @@ class Ledger:
                 quantity = self._sample(counter, entry.samples[counter], touched)  # noqa: PLW2901
             amount = entry.amounts.get(counter, 0) if entry.amounts else 0
             self._count(counter, quantity, amount, entry.events[counter], touched)
+        for counter, events in entry.shared.items():
+            _share(counter, events)
         self._charge_lines(touched)
         for account in touched.accounts:
             if not account.unsettled_since:
@@ -1093,11 +1096,19 @@ class Ledger:
         return touched
 
     def take_back(
-        self, counter: Counter, quantity: int, amount: int, key: str, touched: Touched
+        self,
+        counter: Counter,
+        quantity: int,
+        amount: int,
+        key: str,
+        touched: Touched,
+        *,
+        shared: bool = False,
     ) -> None:
         """Take one event back: the counters are as if it had never come. What was paid is credit.
 
-        `quantity`, `amount` and the sample's `key` are those that were added for it.
+        `quantity`, `amount` and the sample's `key` are those that were added for it; `shared`: it
+        fed another counter before this one.
         """
         if counter.samples is not None:
             before = counter.samples.quantity
@@ -1105,6 +1116,8 @@ class Ledger:
             touched.samples.append(SampleRow(counter.number, key, sample.quantity, sample.count))
             quantity = before - counter.samples.quantity
         self._count(counter, -quantity, -amount, -1, touched)
+        if shared:
+            _share(counter, -1)
         self._charge_lines(touched)
 
     def _count(
@@ -1153,6 +1166,12 @@ class Ledger:
             for sample in changed.values()
         ]
         return samples.quantity - before
+
+
+def _share(counter: Counter, events: int) -> None:
+    """Note that an agreement's events are counted at other counters of it already."""
+    counter.shared += events
+    counter.account.events -= events
 
 
 def _escrows_flaw(account: Account, given: set[tuple[str, str]]) -> str:
@@ -1332,6 +1351,8 @@ def _add_parts(entry: Entry, resolved: ResolvedBatch, fresh: list[bool] | None) 
             continue
         for number, part in enumerate(parts):
             counter = part.counter
+            if number:
+                entry.shared[counter] = entry.shared.get(counter, 0) + 1
             entry.quantities[counter] = entry.quantities.get(counter, 0) + part.quantity
             entry.events[counter] = entry.events.get(counter, 0) + 1
             if counter.dynamic:

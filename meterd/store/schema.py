@@ -192,10 +192,11 @@ CREATE TABLE counter_of_period (
     period INTEGER NOT NULL CHECK (period >= 0),
     {_count("amount")},
     number INTEGER NOT NULL UNIQUE CHECK (number > 0),
+    shared INTEGER NOT NULL DEFAULT 0 CHECK (shared BETWEEN 0 AND events),
     PRIMARY KEY (agreement, period, card, meter, dimensions)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counter_of_period
-SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER ()
+SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER (), 0
 FROM counter;
 DROP TABLE counter;
 ALTER TABLE counter_of_period RENAME TO counter;
@@ -346,7 +347,7 @@ _AGREEMENT = (
     "id plan payer origin escrows closing opened_at accrued events units unsettled_since period"
     " spent"
 )
-_COUNTER = "agreement card meter dimensions quantity events period amount number"
+_COUNTER = "agreement card meter dimensions quantity events period amount number shared"
 _SAMPLE = "counter key quantity count"
 _VOID = "number agreement source voids at"
 _HOLD = "id agreement amount meter dimensions quantity created_at expires_at"
@@ -609,6 +610,7 @@ def _counter(row: CounterRow) -> Row:
         row.period,
         _number(row.amount),
         row.number,
+        row.shared,
     )
 
 
@@ -777,7 +779,7 @@ def agreement_of(row: Sequence[object]) -> AgreementRow:
 
 def counter_of(row: Sequence[object]) -> CounterRow:
     """Read back a counter, in the order of `COUNTER_COLUMNS`."""
-    agreement, card, meter, dimensions, quantity, events, period, amount, number = row
+    agreement, card, meter, dimensions, quantity, events, period, amount, number, shared = row
     return CounterRow(
         str(agreement),
         str(card),
@@ -788,6 +790,7 @@ def counter_of(row: Sequence[object]) -> CounterRow:
         _int(period),
         _int(amount),
         _int(number),
+        _int(shared),
     )
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from meterd.core.accounts import Agreement
+from meterd.core.accounts import Agreement, Touched
 from meterd.core.envelopes import assemble
 from meterd.core.feeds import DATA_DEPTH_MAX
 from meterd.core.ledger import Ledger
@@ -126,6 +126,24 @@ def test_one_event_feeds_each_meter_of_its_type():
         ("users",): 1,
         ("peak",): 7,
     }
+    assert accrued(book) == 7 * 2 + 10 + 100 + 7
+    assert book.books.accounts["all"].events == 1
+
+
+def test_what_is_restored_knows_of_each_event_once():
+    """However many counters it fed; taken back, it leaves all of them."""
+    book = till()
+    book.take([completion("a"), completion("b")])
+    counters = list(book.books.accounts["all"].counters.values())
+    assert [(counter.events, counter.shared) for counter in counters] == [(2, 0)] + [(2, 2)] * 3
+    assert book.restored().accounts["all"].events == 2
+    touched = Touched()
+    for number, counter in enumerate(counters):
+        key = {"users": "u1", "peak": "7000000000"}.get(counter.meter.name, "")
+        quantity = counter.quantity // 2 if counter.samples is None else 7 * NANOS
+        book.books.take_back(counter, quantity, 0, key, touched, shared=number > 0)
+    assert [(counter.events, counter.shared) for counter in counters] == [(1, 0)] + [(1, 1)] * 3
+    assert book.books.accounts["all"].events == 1
     assert accrued(book) == 7 * 2 + 10 + 100 + 7
 
 
