@@ -18,7 +18,7 @@ from typing import Any
 
 import meterd.app
 from meterd.bookkeeper import Bookkeeper, Recorded
-from meterd.core import accounts, events, ledger, settlement
+from meterd.core import accounts, events, ledger, sequences, settlement
 from meterd.core.changes import Change
 from meterd.core.meters import Aggregation
 from meterd.core.settlement import (
@@ -273,6 +273,56 @@ def marks_forgotten(put: Put) -> None:
 def late_is_counted(put: Put) -> None:
     """Events from before the window, whose identities are forgotten, are counted."""
     put(Bookkeeper, "_oldest", lambda self, now: 0)
+
+
+@bug
+def numbers_not_kept(put: Put) -> None:
+    """The numbers of a batch are not in its commit."""
+    original = Bookkeeper._commit
+
+    def commit(self: Any, change: Change, deliveries: int = 0) -> Any:
+        return original(self, replace(change, producers=()), deliveries)
+
+    put(Bookkeeper, "_commit", commit)
+
+
+@bug
+def numbers_ignored_when_late(put: Put) -> None:
+    """A late event with a number is counted, whatever its number says."""
+    put(sequences.Producer, "judge", lambda self, number, at: sequences.Known.MISSING)
+
+
+@bug
+def late_is_known(put: Put) -> None:
+    """A late event below the producer's last number is taken for a duplicate."""
+
+    def judge(self: Any, number: int, at: int) -> Any:
+        return sequences.Known.SEEN if number <= self.last else sequences.Known.MISSING
+
+    put(sequences.Producer, "judge", judge)
+
+
+@bug
+def rejected_is_seen(put: Put) -> None:
+    """The number of a rejected event counts as seen, so that nobody waits for it."""
+    original = Bookkeeper._note_numbers
+
+    def note(self: Any, resolved: Any, entry: Any, *given: Any) -> Any:
+        fresh = None if entry.fresh is None else [True] * len(entry.fresh)
+        return original(self, resolved, replace(entry, rejections=[], fresh=fresh), *given)
+
+    put(Bookkeeper, "_note_numbers", note)
+
+
+@bug
+def redelivery_begins_anew(put: Put) -> None:
+    """A number that comes again is taken for a new beginning, even if its event is known."""
+    original = sequences.Producer.count
+
+    def count(self: Any, number: int, at: int, *, fresh: bool) -> None:
+        original(self, number, at, fresh=True)
+
+    put(sequences.Producer, "count", count)
 
 
 @bug

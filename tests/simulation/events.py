@@ -24,6 +24,7 @@ class Event:
     worth: Fraction = Fraction(0)  # USDC.
     at: int | None = None  # Wall ms.
     retained: bool = False
+    number: int = 0  # Its producer's own number; 0: it numbers nothing.
 
     def identity(self, transport: str) -> tuple[str, str]:
         """What tells it from others."""
@@ -93,7 +94,7 @@ class Factory:
     """Makes a seed's events."""
 
     def __init__(self, rng: random.Random, plans: dict[str, str], now_ms: int) -> None:
-        self._rng = rng
+        self.rng = self._rng = rng
         self._plans = plans  # Of each agreement.
         self._now_ms = now_ms
         self._number = 0
@@ -117,7 +118,8 @@ class Factory:
         if self._rng.random() < 0.5 or event.kind != "usage":
             return event
         agreement, meter, model, quantity, at = event.content
-        return self._spell(agreement, meter, model, quantity, at, event.id, event.source)
+        source, number = event.source, event.number
+        return self._spell(agreement, meter, model, quantity, at, event.id, source, number)
 
     def other(self, event: Event) -> Event:
         """The same identity with other content."""
@@ -143,6 +145,12 @@ class Factory:
         fields = (("escrow_id", "esc_other"),)
         return Event(json.dumps(payload).encode(), fields, kind="garbage", id=f"m{self._number}")
 
+    def numbered(self, source: str, number: int, at: int) -> Event:
+        """One event of a producer that numbers what it sends."""
+        event = self.usage()
+        agreement, meter, model, quantity, _ = event.content
+        return self._spell(agreement, meter, model, quantity, at, event.id, source, number)
+
     def close(self, agreement: str) -> Event:
         """Ask for the last settlement."""
         self._number += 1
@@ -156,7 +164,7 @@ class Factory:
             agreement=agreement,
         )
 
-    def _spell(self, agreement, meter, model, quantity, at, event_id, source) -> Event:
+    def _spell(self, agreement, meter, model, quantity, at, event_id, source, number=0) -> Event:
         rng = self._rng
         said: dict[str, object] = {"id": event_id}
         if source:
@@ -182,6 +190,8 @@ class Factory:
         if at is not None:
             seconds, ms = divmod(at, 1000)
             said["time"] = _iso(seconds, ms)
+        if number:
+            said["sequence"] = rng.choice((number, str(number), f"{number:06d}"))
         items = list(said.items())
         rng.shuffle(items)
         counted = Fraction(1) if meter == "calls" else quantity
@@ -196,6 +206,7 @@ class Factory:
             agreement=agreement,
             worth=counted * price,
             at=at,
+            number=number,
         )
 
 

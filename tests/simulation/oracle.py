@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from meterd.sources import Deliveries
@@ -16,12 +16,38 @@ Delivery = tuple[str, bytes, tuple[tuple[str, str], ...]]
 
 
 @dataclass
+class Numbers:
+    """What one producer's numbers must say; they decide about late events while they are exact."""
+
+    since: int
+    latest: int
+    floor: int
+    seen: frozenset[int]
+    exact: bool = True
+
+    def after(self, event: Event) -> Numbers:
+        """The same when a new event of it was counted."""
+        assert event.at is not None
+        latest = max(self.latest, event.at)
+        mine = event.at >= self.since
+        if event.number == 1 and event.at > self.latest:
+            return Numbers(event.at, latest, 1, frozenset({1}))
+        if mine and event.number in self.seen:  # Its first one was refused.
+            return Numbers(latest, latest, event.number, frozenset({event.number}), exact=False)
+        mine = mine and event.number >= self.floor
+        seen = self.seen | {event.number} if mine else self.seen
+        return replace(self, latest=latest, seen=seen)
+
+
+@dataclass
 class Verdicts:
     """What one batch must come to."""
 
     fresh: dict[Identity, Event] = field(default_factory=dict)
     duplicates: int = 0
     rejected: set[int] = field(default_factory=set)
+    late: int = 0  # Of the fresh ones, those that their numbers alone have brought in.
+    refused: int = 0  # Of the rejected ones, those with a number.
     deliveries: list[Delivery] = field(default_factory=list)
 
 
@@ -35,6 +61,10 @@ class Oracle:
         self.rejected = 0  # Dead letters on the disk.
         self.received = 0
         self.verdicts: Counter[str] = Counter()
+        self.numbers: dict[str, Numbers] = {}  # Of each producer, as they are on the disk.
+        self.numbers_now: dict[str, Numbers] = {}
+        self.refused = 0  # Numbered events that were rejected.
+        self._hours: dict[Identity, int] = {}  # In which hour an identity is remembered.
         self._now: dict[Identity, Event] = {}
         self._worth: dict[str, Fraction] = {}
         self._worth_now: dict[str, Fraction] = {}
@@ -46,6 +76,7 @@ class Oracle:
     def restart(self) -> None:
         """Forget what was not durable."""
         self._now = dict(self.durable)
+        self.numbers_now = dict(self.numbers)
         self._worth_now = dict(self._worth)
 
     def judge(
@@ -55,8 +86,9 @@ class Oracle:
         oldest: int,
         now: int,
         closed: Callable[[str], bool],
+        hour_min: int,
     ) -> Verdicts:
-        """Say what must become of each delivery, in order."""
+        """Say what must become of each delivery, in order; identities before an hour are gone."""
         found = Verdicts()
         for place, payload in enumerate(deliveries.payloads):
             fields = deliveries.fields[place] if deliveries.fields is not None else {}
@@ -67,20 +99,64 @@ class Oracle:
             known = self._now.get(identity) or found.fresh.get(identity)
             at = now if event.at is None else event.at
             late = event.at is not None and not oldest <= at <= now + AHEAD_MS
+            if event.number and event.at is not None and event.at < oldest:
+                self._judge_late(found, place, event, identity, closed, hour_min, now)
+                continue
             # Delivered again to an agreement that is closed by now, an event is still a duplicate.
             if event.kind == "garbage" or late or (known is None and closed(event.agreement)):
                 found.rejected.add(place)
+                found.refused += bool(event.number)
             elif known is None:
                 found.fresh[identity] = event
+                self._hours[identity] = at // HOUR_MS
             elif known.content == event.content:
                 found.duplicates += 1
             else:
                 found.rejected.add(place)
         return found
 
+    def _judge_late(
+        self,
+        found: Verdicts,
+        place: int,
+        event: Event,
+        identity: Identity,
+        closed: Callable[[str], bool],
+        hour_min: int,
+        now: int,
+    ) -> None:
+        """Say what must become of an event that is too old, by its number."""
+        numbers = self.numbers_now.get(event.source)
+        known = identity in self._now and self._hours[identity] >= hour_min
+        assert event.at is not None
+        mine = numbers is not None and numbers.exact
+        mine = mine and event.number >= numbers.floor and event.at >= numbers.since  # type: ignore[union-attr]
+        seen = numbers.seen if numbers is not None and mine else frozenset()
+        if known or identity in found.fresh or event.number in seen:
+            found.duplicates += 1
+        elif not mine or closed(event.agreement):
+            found.rejected.add(place)
+            found.refused += 1
+        else:
+            found.fresh[identity] = event
+            found.late += 1
+            self._hours[identity] = now // HOUR_MS
+
+    @staticmethod
+    def _note(numbers: dict[str, Numbers], verdicts: Verdicts) -> None:
+        """Count the numbers of a batch, in the order in which its events were made."""
+        fresh = [event for event in verdicts.fresh.values() if event.number]
+        for event in sorted(fresh, key=lambda one: (one.at or 0, one.number)):
+            known = numbers.get(event.source)
+            at, number = event.at or 0, event.number
+            first = Numbers(at, at, number, frozenset({number}))
+            numbers[event.source] = first if known is None else known.after(event)
+
     def accept(self, verdicts: Verdicts) -> None:
         """The daemon has taken a batch into its memory."""
+        self._note(self.numbers_now, verdicts)
         self._now.update(verdicts.fresh)
+        self.refused += verdicts.refused
         for event in verdicts.fresh.values():
             known = self.worth_now(event.agreement)
             self._worth_now[event.agreement] = known + event.worth
@@ -91,6 +167,7 @@ class Oracle:
 
     def keep(self, verdicts: Verdicts) -> None:
         """The batch is on the disk."""
+        self._note(self.numbers, verdicts)
         for identity, event in verdicts.fresh.items():
             if identity not in self.durable:
                 self._worth[event.agreement] = self.worth(event.agreement) + event.worth

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import stamina
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import meterd.app
 import meterd.bookkeeper
@@ -51,6 +52,7 @@ from meterd.core.settlement import (
 )
 from meterd.errors import Refused, StoreCorrupt, StoreFailed, Unavailable
 from meterd.opener import Opener, Terms
+from meterd.receipts import Notary
 from meterd.sources import Deliveries
 from tests.simulation.brokers import SessionBroker, SessionSource, StreamBroker, StreamSource
 from tests.simulation.events import HOUR_MS, PLANS, SETTLES, Event, Factory
@@ -81,6 +83,7 @@ SCENARIOS = {
 }
 LIES = ("currency", "provider", "other", "sum", "total")
 TAMPERED_MAX = 10  # In one run.
+NUMBERING = 0.25  # Of the seeds.
 
 
 class Violation(AssertionError):
@@ -100,7 +103,8 @@ class Clock:
 
     def wall(self) -> int:
         """Milliseconds."""
-        return START_MS + self._sim.wall_step + int(self._sim.loop.now * 1000)
+        steps = self._sim.wall_base + self._sim.wall_step
+        return START_MS + steps + int(self._sim.loop.now * 1000)
 
 
 class NoLocks:
@@ -138,7 +142,7 @@ class Simulation:
         self.hash = hashlib.blake2b(digest_size=16)
         self.lines: list[str] | None = [] if keep_trace else None
         self.calm = False
-        self.wall_step = 0
+        self.wall_step = self.wall_base = 0
         self.disk_full = False
         self.store_fault = ""
         self.slow_disk = rng.random() < 0.35
@@ -180,7 +184,16 @@ class Simulation:
             book.note(-1000.0)
             self.service.books[book.id] = book
         self.factory = Factory(rng, self.plans, START_MS)
+        self._make_numbering()
         self.settings = _settings(self._configuration(names))
+
+    def _make_numbering(self) -> None:
+        """In some seeds a producer numbers its events; it has chances of its own."""
+        mine = random.Random(f"numbers {self.seed}")
+        self.numbering: Factory | None = None
+        if mine.random() < NUMBERING and self.scenario != "ends":
+            self.numbering = Factory(mine, self.plans, START_MS)
+            self.wall_base = -2 * HOUR_MS  # What is made now will be too old by and by.
 
     def _configuration(self, names: Sequence[str]) -> str:
         rng = self.rng
@@ -379,11 +392,14 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
                 name in ledger.accounts
                 and ledger.escrows[f"esc_{name}"].status is EscrowStatus.CLOSED
             ),
+            keeper._identities.bucket_min,
         )
         assert self.store is not None
         self.store.batch = verdicts
         recorded = original(keeper, source, given, **more)
         self.oracle.accept(verdicts)
+        self.counts["late by number"] += verdicts.late
+        self._check_numbers(keeper, self.oracle.numbers_now)
         self.trace(f"{source} {recorded.received} {recorded.accepted} {recorded.duplicates}")
         self.check(
             (len(verdicts.fresh), verdicts.duplicates) == (recorded.accepted, recorded.duplicates)
@@ -394,8 +410,28 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
         )
         return recorded
 
+    def _check_numbers(self, keeper: Any, expected: Any) -> None:
+        """What is missing of a numbering producer is what was not counted, to the last number."""
+        for source, numbers in expected.items():
+            known = keeper.sequences.producer(source)
+            pairs = [] if known is None else zip(known.firsts, known.lasts, strict=True)
+            seen = {number for first, last in pairs for number in range(first, last + 1)}
+            self.check(
+                seen == numbers.seen, f"{source}: {sorted(seen)} seen, not {sorted(numbers.seen)}"
+            )
+
+    def _check_arrived(self) -> None:
+        """Where all that was numbered has come, and none of it was refused, nothing is missing."""
+        assert self.daemon is not None
+        sequences = self.daemon._bookkeeper.sequences
+        self._check_numbers(self.daemon._bookkeeper, self.oracle.numbers)
+        if self.numbering is not None and not self.oracle.refused:
+            self.count("numbers whole")
+            self.check(sequences.missing == 0, f"{sequences.missing} numbers are missing for ever")
+
     def check_restored(self, keeper: Any) -> None:
         """After a start the ledger holds what was durable, neither less nor more."""
+        self._check_numbers(keeper, self.oracle.numbers)
         for name, account in keeper.ledger.accounts.items():
             expected = self.oracle.worth(name)
             self.check(
@@ -569,6 +605,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
             name = rng.choice(list(self.plans))
             plan.append((rng.uniform(self.until / 2, self.until), "mqtt", self.factory.close(name)))
         plan.sort(key=lambda entry: entry[0])
+        numbering = self.loop.create_task(self._number())
         posts: list[asyncio.Task[Any]] = []
         for at, group in itertools.groupby(plan, key=lambda entry: round(entry[0], 0)):
             await asyncio.sleep(max(0.0, at - self.loop.now))
@@ -585,6 +622,53 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
             await asyncio.wait(posts)
         for post in posts:
             post.result()
+        await numbering
+
+    async def _number(self) -> None:
+        """Send the numbered events: each numbering's first one first, the others in any order.
+
+        Half of them come when they are too old for the memory of identities.
+        """
+        if self.numbering is None:
+            return
+        rng = self.numbering.rng
+        source, begun = "numbers", START_MS - 8 * HOUR_MS + 20 * 60_000
+        first = [
+            self.numbering.numbered(source, number, begun + number * 60_000)
+            for number in range(1, rng.randint(8, 30))
+        ]
+        await self.post([self.oracle.know(first[0])])
+        await self._scatter(first, self.until * 0.3)
+        self.wall_base = 0
+        self.trace("two hours pass")
+        await self._scatter(first, self.until * 0.3)
+        again = rng.random() < 0.5
+        if again:
+            begun = START_MS - 85 * 60_000
+            second = [
+                self.numbering.numbered(source, number, begun + number * 1000)
+                for number in range(1, rng.randint(3, 20))
+            ]
+            await self.post([self.oracle.know(second[0])])
+            await self._scatter(second + first, self.until * 0.2)
+        await self.post([self.oracle.know(event) for event in (second if again else first)])
+
+    async def _scatter(self, events: Sequence[Event], seconds: float) -> None:
+        """Send some of them, by any way and some more than once, within so many seconds."""
+        assert self.numbering is not None
+        rng, ends = self.numbering.rng, self.loop.now + seconds
+        chosen = [event for event in events if rng.random() < 0.6]
+        rng.shuffle(chosen)
+        for event in chosen:
+            await asyncio.sleep(rng.uniform(0, 2 * seconds / len(chosen)))
+            known = self.oracle.know(self.numbering.again(event))
+            way = rng.choice(("redis", "mqtt", "http"))
+            if way == "http":
+                await self.post([known])
+            else:
+                self._broker(way).publish(known)
+            if self.loop.now > ends:
+                return
 
     def _broker(self, way: str) -> StreamBroker | SessionBroker:
         return self.stream if way == "redis" else self.session
@@ -914,6 +998,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
         await self._until("it runs", lambda: self.daemon is not None, 10)
         await self._until("all is delivered", lambda: producing.done() and self._delivered(), 120)
         producing.result()
+        self._check_arrived()
         for name in self.plans:
             await self._close(name)
         helping = loop.create_task(self._helping())
@@ -1080,6 +1165,8 @@ def _seams(sim: Simulation) -> Iterator[None]:
 
     put(meterd.bookkeeper.Bookkeeper, "record", recorded)
     put(meterd.bookkeeper.Bookkeeper, "_put", stepped)
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))  # No file: signing is not looked at.
+    put(meterd.app, "_notary", lambda _, state: Notary(key, state.receipts))
     hooks = stamina.instrumentation.get_on_retry_hooks()
     stamina.instrumentation.set_on_retry_hooks([])
     state = random.getstate()

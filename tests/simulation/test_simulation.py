@@ -167,6 +167,8 @@ def test_simulation_walks_every_edge_of_the_state_table_and_every_deviation_many
     assert {} == {edge: counts[edge] for edge in REACHED if counts[edge] < bar(LEAST)}
     assert {} == {edge: counts[edge] for edge in RARE if counts[edge] < bar(RARE[edge])}
     assert set() == walked - {*REACHED, *RARE}
+    assert bar(LEAST) < counts["late by number"]
+    assert bar(LEAST) < counts["numbers whole"]
 
 
 def bar(least: int) -> int:
@@ -185,6 +187,7 @@ def figures(counts: Counter[Any]) -> str:
         "events accepted": events["accepted"],
         "events again": events["duplicates"],
         "events rejected": events["rejected"],
+        "late events by number": counts["late by number"],
         "starts of the daemon": counts["start"],
         "crashes": counts["crash"],
         "failed commits": counts["over StoreFailed"],

@@ -231,6 +231,7 @@ async def test_late_event_of_a_closed_agreement_is_refused_and_stays_missing(wor
     await world.pass_window()
 
     assert (0, 0, ["closed", "closed"]) == world.send(3, 3)
+    assert (0, 1, []) == world.send(5)
 
 
 async def test_letter_that_was_counted_meanwhile_is_a_duplicate_when_it_is_tried_again(world):
