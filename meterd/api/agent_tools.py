@@ -13,6 +13,7 @@ import msgspec
 
 from meterd.api.plans import LINES_MAX, Used
 from meterd.api.wire import REASON_CHARS_MAX
+from meterd.mcp.tools import one_line
 
 LISTED_DEFAULT, LISTED_MAX = 20, 100  # An agent reads all that it is given: small pages.
 
@@ -122,17 +123,11 @@ class QuoteOf(msgspec.Struct, forbid_unknown_fields=True):
 
 
 CHANGING = frozenset({"escrow_create", "escrow_release"})
-
-
-def _said(text: str) -> str:
-    return " ".join(text.split())
-
-
 # By tool: its title and its text, which an agent reads before it decides.
 TEXTS: Mapping[str, tuple[str, str]] = {
     "escrow_create": (
         "Open an agreement: lock its escrow",
-        _said("""
+        one_line("""
             Lock the escrow that a plan needs and meter usage against it from then on. This locks
             the payer's money. Choose an id for the new agreement. When you retry, after an error,
             a time-out or a lost answer, reuse the same id: what is locked or being locked under an
@@ -143,7 +138,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "escrow_release": (
         "Release what usage has earned",
-        _said("""
+        one_line("""
             Have meterd settle an agreement now instead of at its plan's next threshold. Give
             exactly one of amount and everything_accrued: true; an amount left out never means
             everything. meterd releases what usage has earned and never more: amount must be exactly
@@ -155,7 +150,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "escrow_status": (
         "One agreement and its escrows",
-        _said("""
+        one_line("""
             Show an agreement: its state, its money (accrued, released, unsettled, in_doubt,
             headroom), its escrows as meterd last read them, its newest releases, and in "next" what
             a person should do, if anything. Changes nothing.
@@ -163,7 +158,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "escrow_list": (
         "All agreements, page by page",
-        _said("""
+        one_line("""
             List the agreements with their money and escrows. "next" is the cursor of the next page,
             null at the end; "opening" names agreements whose escrow is still being locked. Changes
             nothing.
@@ -171,21 +166,21 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "meter_status": (
         "The whole service",
-        _said("""
+        one_line("""
             Say whether money is flowing, how much is accrued, released and unsettled in all, which
             sources of usage are connected, and what needs a person. Changes nothing.
         """),
     ),
     "meter_usage": (
         "What one agreement has used",
-        _said("""
+        one_line("""
             Show an agreement's usage by meter and dimensions, newest period first, with what each
             adds to the bill (null where only the whole line has a price). Changes nothing.
         """),
     ),
     "meter_quote": (
         "The price of a usage",
-        _said("""
+        one_line("""
             Say what a given usage costs under a plan, with its working, line by line. Nothing is
             counted or charged. Changes nothing.
         """),

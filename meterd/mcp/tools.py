@@ -61,5 +61,10 @@ class Tool(Generic[Caller]):
             raise WrongArguments(f"{said}; {self.name} takes for example {self.example}") from None
 
 
+def one_line(text: str) -> str:
+    """Join a text that is written over several lines."""
+    return " ".join(text.split())
+
+
 Explain = Callable[[Exception, Tool[Any]], str]
 """Say in a sentence why a tool failed. It also does what such a failure calls for."""

@@ -21,7 +21,7 @@ from meterd.errors import StoreFailed
 from meterd.logs import get_logger
 from meterd.mcp import asgi
 from meterd.mcp.door import Door, NotInstalled
-from meterd.mcp.tools import Tool
+from meterd.mcp.tools import Tool, one_line
 from meterd.sandbox import wire
 from meterd.sandbox.contract import LIST_MAX, Asked, Contract
 from meterd.sandbox.faults import Call
@@ -175,16 +175,12 @@ class Agents:
         return reply.document
 
 
-def _said(text: str) -> str:
-    return " ".join(text.split())
-
-
 CHANGING = frozenset({"escrow_create", "escrow_release"})
 # By tool: its title and its text, which an agent reads before it decides.
 TEXTS: Mapping[str, tuple[str, str]] = {
     "escrow_create": (
         "Lock money for a provider",
-        _said("""
+        one_line("""
             Lock an amount out of your wallet in a new escrow for a provider. Choose an id for this
             wish. When you retry, after an error, a time-out or a lost answer, reuse the same id:
             the escrow that it has locked is answered again, and no second one is locked. The same
@@ -193,7 +189,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "escrow_release": (
         "Pay the provider out of an escrow",
-        _said("""
+        one_line("""
             Pay the provider an amount, or with full: true all that remains. Give exactly one of the
             two; an amount that is left out or empty never means everything. This cannot be undone.
             Choose an id for this payment. When you retry, reuse the same id: it is paid once. A new
@@ -202,14 +198,14 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "escrow_status": (
         "One escrow",
-        _said("""
+        one_line("""
             Show an escrow: what was locked, released and refunded, what remains, and its newest
             releases. Changes nothing.
         """),
     ),
     "escrow_list": (
         "Your escrows, page by page",
-        _said("""
+        one_line("""
             List the escrows that you have locked or are paid from, oldest first. "next_cursor" asks
             for the next page, null at the end. Changes nothing.
         """),

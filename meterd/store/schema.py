@@ -195,7 +195,7 @@ CREATE TABLE counter_of_period (
     PRIMARY KEY (agreement, period, card, meter, dimensions)
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counter_of_period
-SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER (), 0
+SELECT agreement, card, meter, dimensions, quantity, events, 0, 0, row_number() OVER ()
 FROM counter;
 DROP TABLE counter;
 ALTER TABLE counter_of_period RENAME TO counter;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -209,6 +210,51 @@ async def test_retry_locks_once_when_the_answer_was_lost_on_the_way(node, sandbo
     assert first["state"] in {"opening", "adopting", "active"}
     assert again["repeated"]
     assert [found["escrows"][0]["id"]] == [row["escrow_id"] for row in created(sandbox)]
+
+
+async def test_retry_locks_once_when_the_daemon_was_killed_in_the_middle(node, sandbox):
+    """The call had left and no answer came: the agent asks the next daemon, and one is there."""
+    sandbox.fault(kind="delay_answer", call="create", seconds=20)
+    wish = {"id": "customer-1", "plan": "stream"}
+    body = {"name": "escrow_create", "arguments": wish}
+    said = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": body}
+    async with httpx2.AsyncClient(timeout=30) as client:
+        cut_off = asyncio.create_task(client.post(f"{node.url}/mcp", json=said))
+        while not created(sandbox):
+            await asyncio.sleep(0.02)
+        node.kill()
+        with pytest.raises(httpx2.TransportError):
+            await cut_off
+    node.start()
+    node.wait_ready()
+    async with agent_at(node.url) as agent:
+        again = await agent.use("escrow_create", **wish)
+        node.wait_state("customer-1", "active")
+        found = await agent.use("escrow_status", id="customer-1")
+
+    assert again["repeated"]
+    assert [found["escrows"][0]["id"]] == [row["escrow_id"] for row in created(sandbox)]
+
+
+async def test_an_id_counts_once_when_many_ask_at_once(node, sandbox):
+    """At the daemon and at the sandbox alike."""
+    wish = {"id": "order-1", "to_agent_id": "agent_provider", "amount": "1.00"}
+    async with agent_at(node.url) as agent:
+        opened = await asyncio.gather(
+            *(agent.use("escrow_create", id="customer-1", plan="stream") for _ in range(8))
+        )
+        node.wait_state("customer-1", "active")
+    (own,) = created(sandbox)
+    async with agent_at(sandbox.base, PAYER_KEY) as agent:
+        locked = await asyncio.gather(*(agent.use("escrow_create", **wish) for _ in range(8)))
+        escrow = locked[0]["escrow_id"]
+        payment = {"id": "pay-1", "escrow_id": escrow, "amount": "0.10"}
+        await asyncio.gather(*(agent.use("escrow_release", **payment) for _ in range(8)))
+
+    assert [one["repeated"] for one in opened].count(False) == 1
+    assert {one["escrow_id"] for one in locked} == {escrow}
+    assert [own["escrow_id"], escrow] == [row["escrow_id"] for row in created(sandbox)]
+    assert paid(sandbox, escrow) == Decimal("0.10")
 
 
 async def test_release_pays_once_when_it_is_asked_for_again(node, sandbox):
