@@ -82,8 +82,8 @@ class Counter:
     meter: Meter
     dimensions: Dimensions
     number: int
-    weight: int  # What one nano costs, in 1 / account.denominator USDC; for linear rates.
-    role: str
+    weight: int = 0  # What one nano costs, in 1 / account.denominator USDC; for linear rates.
+    role: str = ""
     line: Line | None = None
     samples: Samples | None = None
     # The event brings its price, up to so many picos: the weight is that of the amount.
@@ -118,7 +118,7 @@ class Account:
     agreement: Agreement
     plan: Plan
     opened_at: int
-    denominator: int
+    denominator: int = 1  # Worked out anew, with the sums, wherever its counters or plan change.
     numerator: int = 0  # Accrued in all.
     events: int = 0
     units: int = 0

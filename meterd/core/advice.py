@@ -7,7 +7,7 @@ it, too early and wrongly, is the way to pay twice.
 
 from __future__ import annotations
 
-from meterd.core.settlement import Escrow, EscrowStatus, ReleaseStatus, Rules
+from meterd.core.settlement import UNKNOWN_OUTCOME, Escrow, EscrowStatus, ReleaseStatus, Rules
 
 EXHAUSTED = "exhausted"
 LATE = ReleaseStatus.LATE.value
@@ -66,10 +66,10 @@ def late(escrow: Escrow) -> int:
     )
 
 
-def next_command(agreement: str, escrow: Escrow, word: str, plan: str = "PLAN") -> str:
+def next_command(agreement: str, escrow: Escrow, word: str, plan: str) -> str:
     """Name the command that helps an agreement on, or that shows how it does; "" for none."""
     kind, release = trouble(escrow, word), escrow.release
-    if release is not None and (kind == ESCALATED or (kind in (FROZEN, LATE) and _open(escrow))):
+    if release is not None and release.status in UNKNOWN_OUTCOME and kind != IN_DOUBT:
         return f"meterd resolve {release.id} --landed|--absent --reason TEXT"
     if kind in (FROZEN, LATE):
         return f"meterd resume {agreement} --reason TEXT"
@@ -80,10 +80,6 @@ def next_command(agreement: str, escrow: Escrow, word: str, plan: str = "PLAN") 
         read = escrow.reason.startswith(_SAYS)
         return f"meterd agreements {agreement}" if read else "meterd check --live"
     return f"meterd bind NEW_ESCROW --plan {plan}" if kind == EXHAUSTED else ""
-
-
-def _open(escrow: Escrow) -> bool:
-    return escrow.release is not None and escrow.release.status is ReleaseStatus.IN_DOUBT
 
 
 def doubt(escrow: Escrow, rules: Rules, mono: float) -> str:

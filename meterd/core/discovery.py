@@ -61,10 +61,7 @@ class Discovery:
     def place(self, found: Found, plan: str) -> Agreement | Doubtful:
         """Say what a candidate is to be bound as."""
         named = named_in(found.memo)
-        agreement = self._named(found, plan, named) if named else self._by_payer(found, plan)
-        if isinstance(agreement, Agreement) and found.creator:
-            self._payers.setdefault(agreement.id, set()).add(found.creator)
-        return agreement
+        return self._named(found, plan, named) if named else self._by_payer(found, plan)
 
     def _is_ours(self, found: Found) -> bool:
         unbound = self._ledger.account(found.escrow) is None
@@ -77,13 +74,13 @@ class Discovery:
     def _named(self, found: Found, plan: str, named: str) -> Agreement | Doubtful:
         account = self._ledger.account(named)
         if account is None:
-            return Agreement(named, plan, found.creator, ((MAIN, found.escrow),), "api")
+            return _begun(named, found, plan)
         agreement = account.agreement
         if account.plan.name != plan:
             return Doubtful(found.escrow, f"agreement {named} is under plan {account.plan.name}")
         if account.closing or self._ledger.is_closed(account):
             return Doubtful(found.escrow, f"agreement {named} is closed")
-        if not found.creator or found.creator not in self._payers_of(agreement):
+        if not self._pays(found.creator, agreement):
             return Doubtful(found.escrow, f"agreement {named} is not known to be of its payer")
         return _continued(agreement, found)
 
@@ -91,22 +88,26 @@ class Discovery:
         running = [
             account.agreement
             for account in self._ledger.accounts.values()
-            if found.creator
-            and account.plan.name == plan
-            and found.creator in self._payers_of(account.agreement)
+            if account.plan.name == plan
+            and self._pays(found.creator, account.agreement)
             and not account.closing
             and not self._ledger.is_closed(account)
         ]
         if not running:
-            return Agreement(found.escrow, plan, found.creator, ((MAIN, found.escrow),), "api")
+            return _begun(found.escrow, found, plan)
         if len(running) > 1:
             names = ", ".join(sorted(agreement.id for agreement in running)[:5])
             return Doubtful(found.escrow, f"its payer has more than one under {plan}: {names}")
         return _continued(running[0], found)
 
-    def _payers_of(self, agreement: Agreement) -> set[str]:
-        known = self._payers.get(agreement.id, set())
-        return known | {agreement.payer} if agreement.payer else known
+    def _pays(self, creator: str, agreement: Agreement) -> bool:
+        """Whether a creator is known to be an agreement's payer; one without a name is nobody."""
+        known = self._payers.get(agreement.id, ())
+        return bool(creator) and (creator == agreement.payer or creator in known)
+
+
+def _begun(name: str, found: Found, plan: str) -> Agreement:
+    return Agreement(name, plan, found.creator, ((MAIN, found.escrow),))
 
 
 def _continued(agreement: Agreement, found: Found) -> Agreement:

@@ -122,7 +122,7 @@ class Ledger:
         self._feeds = Feeds(meters.values())
         self._by_name: dict[str, Account] = {}  # Agreement ids and escrow ids.
         self._resolved: dict[tuple[str | None, ...], Counter] = {}
-        self._asked: dict[str, tuple[str, ...]] = {}
+        self._asked: dict[str, tuple[str, ...]]
         self._accrued: dict[int, int] = {}  # Numerators by denominator.
         self.cards: dict[str, RateCard] = {}  # All that are known, by id.
         self._stored_cards: set[str] = set()  # Those that a change has been made for.
@@ -174,7 +174,7 @@ class Ledger:
         if missing or not row.escrows:
             raise Conflict(f"agreement {row.id}: its escrow is not stored: {missing}")
         agreement = Agreement(row.id, row.plan, row.payer, row.escrows, row.origin)
-        account = Account(agreement, plan, row.opened_at, 1)
+        account = Account(agreement, plan, row.opened_at)
         account.events, account.units = row.events, row.units
         account.unsettled_since, account.closing = row.unsettled_since, row.closing
         account.period = row.period
@@ -206,8 +206,6 @@ class Ledger:
             meter,
             stored.dimensions,
             stored.number,
-            0,
-            card.rates[place].role,
             samples=None if meter.additive else Samples.of(meter.aggregation, samples),
             quantity=stored.quantity,
             amount=stored.amount,
@@ -242,7 +240,7 @@ class Ledger:
         plan = self.plans[agreement.plan]
         account = self.accounts.get(agreement.id)
         if account is None:
-            account = Account(agreement, plan, wall, 1)
+            account = Account(agreement, plan, wall)
             fresh = [Escrow(escrow, agreement.id, role) for role, escrow in agreement.escrows]
             self.escrows.update({escrow.id: escrow for escrow in fresh})
             self._enter(account)
@@ -337,8 +335,8 @@ class Ledger:
                 counter.line.quantity += counter.quantity
                 counter.line.amount += counter.amount
                 counter.line.events += counter.events
-        for period, card in {key[:2] for key in account.counters}:
-            if self._has_ended(account, period, card):
+        for period, card, meter, _ in account.counters:
+            if meter == PERIOD_METER:
                 self._end_lines(account, period, cards[card])
         for line in account.lines.values():
             account.grow(line.card.rates[line.place].role, line.work_out())
@@ -363,18 +361,12 @@ class Ledger:
         key = period, card.id, place
         line = account.lines.get(key)
         if line is None:
-            ended = self._has_ended(account, period, card.id)
-            line = account.lines[key] = Line(account, card, place, ended=ended)
+            line = account.lines[key] = Line(account, card, place)
         return line
 
     @staticmethod
     def _linear_charge(counter: Counter, quantity: int, amount: int) -> int:
         return (amount if counter.dynamic else quantity) * counter.weight
-
-    @staticmethod
-    def _has_ended(account: Account, period: int, card: str) -> bool:
-        ends = account.counters.get((period, card, PERIOD_METER, ()))
-        return ends is not None and ends.quantity > 0
 
     def _end_lines(self, account: Account, period: int, card: RateCard) -> list[Line]:
         """Mark the lines of a period as ended, those without usage but with a minimum too."""
@@ -552,8 +544,7 @@ class Ledger:
 
     def _end_period(self, account: Account, touched: Touched) -> None:
         card = self._period_card(account)
-        key = account.period, card.id, PERIOD_METER, ()
-        if card.match(PERIOD_METER, {}) is None or key in account.counters:
+        if card.match(PERIOD_METER, {}) is None:
             return
         counter = self._new_counter(account, account.period, card, PERIOD_METER, ())
         counter.quantity = NANOS
@@ -920,8 +911,8 @@ class Ledger:
         # Only the values that are remembered are looked at, so that the verdict on an event does
         # not depend on whether another one with the same spelling came before it.
         if len(dimensions) > DIMENSIONS_MAX or any(
-            name_flaw(dimensions.get(asked, ""), "a dimension", NAME_CHARS_MAX)
-            for asked in self._asked.get(name, ())
+            name_flaw(dimensions.get(asked, ""), asked, NAME_CHARS_MAX)
+            for asked in self._asked[name]
         ):
             return (
                 Reason.MALFORMED,
@@ -990,7 +981,7 @@ class Ledger:
         meter = self._meter(name)
         samples = None if meter.additive else Samples(meter.aggregation)
         counter = Counter(
-            account, period, card.id, meter, dimensions, self._counter_next, 0, "", samples=samples
+            account, period, card.id, meter, dimensions, self._counter_next, samples=samples
         )
         self._counter_next += 1
         self._by_number[counter.number] = counter
@@ -1075,7 +1066,7 @@ class Ledger:
         for counter, quantity in entry.quantities.items():
             if counter.samples is not None:
                 quantity = self._sample(counter, entry.samples[counter], touched)  # noqa: PLW2901
-            amount = entry.amounts.get(counter, 0) if entry.amounts else 0
+            amount = entry.amounts.get(counter, 0)
             self._count(counter, quantity, amount, entry.events[counter], touched)
         for counter, events in entry.shared.items():
             _share(counter, events)

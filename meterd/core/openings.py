@@ -172,8 +172,13 @@ def restarted(opening: Opening, mono: float, wall: int) -> Opening:
 
 
 def _doubt(opening: Opening, detail: str, mono: float, wall: int) -> Opening:
-    doubted = replace(opening, status=OpeningStatus.IN_DOUBT, detail=detail, changed_at=wall)
-    return replace(doubted, since_mono=mono, sightings=0)
+    return replace(
+        opening,
+        status=OpeningStatus.IN_DOUBT,
+        detail=detail,
+        changed_at=wall,
+        since_mono=mono,
+    )
 
 
 def find(opening: Opening, listed: Sequence[Found]) -> list[Found]:

@@ -55,7 +55,7 @@ def lacking(ledger: Ledger, account: Account, now: int, ahead: int) -> Iterator[
 
 def amount_for(ledger: Ledger, account: Account, role: str) -> int:
     """How much the next escrow of a role holds: the plan's deposit, else as much as the last."""
-    deposit = dict(account.plan.deposits).get(role, 0)
+    deposit = dict(account.plan.deposits).get(role)
     if deposit:
         return deposit
     totals = [escrow.total for escrow in ledger.escrows_of(account) if escrow.role == role]
@@ -106,8 +106,7 @@ def _went_back(escrow: Escrow) -> bool:
 
 
 def _untouched(ledger: Ledger, account: Account, escrow: Escrow) -> bool:
-    live = escrow.status is not EscrowStatus.CLOSED and escrow.total > 0
-    return live and ledger.free_on(account, escrow) == escrow.total
+    return escrow.total > 0 and ledger.free_on(account, escrow) == escrow.total
 
 
 def _lasts(escrow: Escrow, moment: int) -> bool:

@@ -679,7 +679,7 @@ def _due(state: Escrow, event: Due, rules: Rules) -> Outcome:
     blocked = _guard(state, event, rules)
     if blocked:
         return state, (Blocked(blocked),)
-    amount = min(state.payable(event.owed), rules.release_max, state.remaining)
+    amount = min(state.payable(event.owed), rules.release_max)
     amount = amount // rules.quantum * rules.quantum
     if state.refillable and amount < rules.wallet_minimum:
         amount = 0  # A wallet's service takes no less, not even at the end.

@@ -17,14 +17,14 @@ import collections
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 
 from meterd.core.accounts import Account, Agreement
 from meterd.core.events import Reason, UsageEvent
 from meterd.core.ledger import Ledger
 from meterd.core.meters import Meter
 from meterd.core.plans import Plan, Settle
-from meterd.core.settlement import Escrow, EscrowStatus, Release, ReleaseStatus
+from meterd.core.settlement import Escrow, EscrowStatus
 from meterd.core.thresholds import Bursts, Standing, due, next_look
 
 # Enough for any history, where nobody names a deposit: a billion USDC.
@@ -69,7 +69,7 @@ class Curve:
 class Priced:
     """What all agreements owed; and how many events had no price, by the reason."""
 
-    curves: list[Curve]
+    curves: list[Curve] = field(default_factory=list)
     events: int = 0
     rejected: dict[Reason, int] = field(default_factory=dict)
     example: str = ""  # Why the first of them was rejected.
@@ -105,6 +105,11 @@ def _moment(item: Past) -> int:
     return item.at
 
 
+def _full(escrow: Escrow, total: int) -> Escrow:
+    """An escrow as the service would show it before the first release."""
+    return replace(escrow, status=EscrowStatus.ACTIVE, total=total, remaining=total)
+
+
 class _Pricing:
     """A ledger with the curves that it draws."""
 
@@ -117,7 +122,7 @@ class _Pricing:
         total: int,
     ) -> None:
         self._ledger = Ledger(plans, meters)
-        self._found = Priced([])
+        self._found = Priced()
         self._curves: dict[Account, Curve] = {}
         opened: dict[str, int] = {}
         for item in past:
@@ -128,12 +133,9 @@ class _Pricing:
     def _open(self, name: str, plan: Plan, at: int, total: int) -> None:
         escrows = tuple((role, f"{name}\n{role}") for role in plan.roles)
         ledger = self._ledger
-        ledger.bind(Agreement(name, plan.name, "payer", escrows), at)
+        ledger.bind(Agreement(name, plan.name, name, escrows), at)
         for _, escrow in escrows:
-            active = replace(
-                ledger.escrows[escrow], status=EscrowStatus.ACTIVE, total=total, remaining=total
-            )
-            ledger.put(active)
+            ledger.put(_full(ledger.escrows[escrow], total))
         self._curves[ledger.accounts[name]] = Curve(name, plan, plan.roles, total, [])
 
     def take(self, batch: Sequence[UsageEvent], at: int) -> None:
@@ -142,7 +144,7 @@ class _Pricing:
         ledger, found = self._ledger, self._found
         resolved = ledger.resolve(batch, None, "simulation", 0, at)
         count = len(resolved.events)
-        digests = [b"%d" % place for place in range(count)]  # Each identity came once.
+        digests = [str(place).encode() for place in range(count)]  # Each identity came once.
         entry = ledger.decide(resolved, digests, [0] * count, [-1] * count)
         found.events += entry.accepted
         for rejection in entry.rejections:
@@ -170,7 +172,7 @@ class _Pricing:
         """Close all agreements at one moment, so that every variant pays to the last micro."""
         self._end_periods(at)
         for account in self._curves:
-            self._ledger.close(account, at)
+            self._ledger.close(account)
         self._draw(self._curves, at, usage=False)
         self._found.curves = list(self._curves.values())
         return self._found
@@ -240,7 +242,9 @@ class _Role:
 
     escrow: Escrow
     owed: int = 0
-    arrives: int = 0  # When the open release is there.
+    asked: int = 0  # The micros of the release that is on its way; 0: there is none.
+    units: int = 0  # Those that it settles.
+    arrives: int = 0  # When it is there.
     next_call: int = 0
     looked_for: int = -1  # The oldest unsettled usage whose interval's end is noted.
     waiting: collections.deque[tuple[int, int]] = field(default_factory=collections.deque)
@@ -251,19 +255,8 @@ class _Settling:
 
     def __init__(self, curve: Curve, thresholds: Settle, service: Service) -> None:
         self._curve, self._service, self._settle = curve, service, thresholds
-        total = curve.total
         self._roles = [
-            _Role(
-                Escrow(
-                    role,
-                    curve.agreement,
-                    role,
-                    status=EscrowStatus.ACTIVE,
-                    total=total,
-                    remaining=total,
-                )
-            )
-            for role in curve.roles
+            _Role(_full(Escrow(role, curve.agreement, role), curve.total)) for role in curve.roles
         ]
         self._life = Life(curve.agreement)
         self._bursts = None if thresholds.exposure_max is None else Bursts()
@@ -289,7 +282,7 @@ class _Settling:
             self._exposure += grown
             if grown > 0:
                 role.waiting.append((step.at, grown))
-            elif grown < 0:
+            else:
                 _take_back(role.waiting, -grown)
             if step.closing and not role.escrow.closing:
                 role.escrow = replace(role.escrow, closing=True)
@@ -308,22 +301,18 @@ class _Settling:
         at = heapq.heappop(self._timers)
         self._noted.discard(at)
         for role in self._roles:
-            if role.escrow.release is not None and role.arrives <= at:
+            if role.asked and role.arrives <= at:
                 self._arrive(role, at)
         self._look(at)
 
     def _arrive(self, role: _Role, at: int) -> None:
-        escrow = role.escrow
-        release = escrow.release
-        assert release is not None
-        amount = release.amount
+        escrow, amount = role.escrow, role.asked
+        role.asked = 0
         role.escrow = replace(
             escrow,
-            release=None,
-            settled=escrow.settled + amount,
             observed=escrow.observed + amount,
             remaining=escrow.remaining - amount,
-            units_settled=release.units,
+            units_settled=role.units,
         )
         self._exposure -= amount
         self._life.points.append((at, self._exposure))
@@ -333,7 +322,7 @@ class _Settling:
 
     def _look(self, at: int) -> None:
         for role in self._roles:
-            if role.escrow.release is None:
+            if not role.asked:
                 self._look_at(role, at)
 
     def _look_at(self, role: _Role, at: int) -> None:
@@ -359,10 +348,8 @@ class _Settling:
         if amount < (service.wallet_minimum if escrow.refillable else 1):
             return  # A wallet's service takes no less, not even at the end.
         # A piece of the most that one call may ask for settles no units yet: see the settler.
-        units = escrow.units_settled if payable > service.release_max else self._units
-        name = f"{len(self._life.paid)}"
-        release = Release(name, escrow.id, amount, 0, ReleaseStatus.SENT, why, units, at, ())
-        role.escrow = replace(escrow, release=release)
+        role.units = escrow.units_settled if payable > service.release_max else self._units
+        role.asked = amount
         role.arrives, role.next_call = at + service.latency, at + service.pace
         self._life.paid.append(Paid(self._curve.agreement, at, amount, why))
         self._wake_at(role.arrives)
@@ -477,8 +464,9 @@ def spread(weighed: Sequence[tuple[int, int]]) -> Spread:
     if not total:
         return Spread(worst, worst, worst)
     mean = sum(value * weight for value, weight in weighed) // total
-    ordered = sorted(weighed)
-    sums = accumulate(weight for _, weight in ordered)
-    most = zip(ordered, sums, strict=True)
-    high = next(value for (value, _), under in most if under * 100 >= total * 95)
+    ordered = sorted(weighed, reverse=True)
+    high = under = 0
+    while under * 100 < total * 95:
+        high, weight = ordered.pop()
+        under += weight
     return Spread(mean, high, worst)

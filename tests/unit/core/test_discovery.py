@@ -8,7 +8,7 @@ from meterd.core.accounts import Agreement
 from meterd.core.discovery import Discovery, Doubtful
 from meterd.core.openings import Found
 from meterd.core.settlement import EscrowStatus
-from tests.unit.core.books import NOW, PLANS, ledger
+from tests.unit.core.books import NOW, ledger
 
 PATTERNS = [("stream:*", "stream"), ("strict-?", "strict"), ("*", "stream")]
 FOUND = Found("esc_9", "stream:1", "ann", "me", 5_000_000, live=True)
@@ -53,6 +53,13 @@ def test_the_first_pattern_that_fits_names_the_plan():
     )
 
 
+def test_a_star_and_a_question_mark_fit_a_line_break_too():
+    """They are any text and any one character: a memo is written by others."""
+    found = [replace(FOUND, memo="stream:1\n2"), replace(FOUND, memo="strict-\n", escrow="z")]
+
+    assert ["stream", "strict"] == [plan for _, plan in discovery().candidates(found)]
+
+
 def test_the_oldest_comes_first():
     """So of two of one payer the older one begins and the younger one continues."""
     young, old = replace(FOUND, created_at=9), replace(FOUND, escrow="esc_z", created_at=8)
@@ -89,13 +96,17 @@ def test_a_new_agreement_is_continued_by_the_next_escrow_of_the_same_list():
 
 
 def test_an_escrow_that_could_continue_two_agreements_is_doubtful():
-    """Nothing is guessed."""
+    """Nothing is guessed; a person is told of five of them at most."""
     books = ledger()
     books.bind(Agreement("c", "stream", "payer", (("main", "esc_c"),)), NOW)
 
     assert Doubtful("esc_9", "its payer has more than one under stream: a, c") == placed(
         replace(FOUND, creator="payer"), books
     )
+    for name in "fdegh":
+        books.bind(Agreement(name, "stream", "payer", (("main", f"esc_{name}"),)), NOW)
+    many = "its payer has more than one under stream: a, c, d, e, f"
+    assert Doubtful("esc_9", many) == placed(replace(FOUND, creator="payer"), books)
 
 
 def test_a_named_agreement_decides():
@@ -103,7 +114,8 @@ def test_a_named_agreement_decides():
     named = replace(FOUND, memo="stream:1 agreement=a", creator="payer")
 
     assert (("main", "esc_a"), ("main", "esc_9")) == placed(named).escrows
-    assert "new" == placed(replace(named, memo="stream:1 agreement=new")).id
+    begun = Agreement("new", "stream", "payer", (("main", "esc_9"),), "api")
+    assert begun == placed(replace(named, memo="stream:1 agreement=new"))
 
 
 @pytest.mark.parametrize(
@@ -138,5 +150,9 @@ def test_an_agreement_without_a_payer_is_continued_by_nobody():
     books.bind(Agreement("d", "stream", "", (("main", "esc_d"),)), NOW)
     named = replace(FOUND, memo="stream:1 agreement=d", creator="ann")
 
-    assert Doubtful("esc_9", "agreement d is not known to be of its payer") == placed(named, books)
-    assert PLANS.keys() >= {"stream", "strict"}
+    for one in (named, replace(named, creator="")):
+        assert Doubtful("esc_9", "agreement d is not known to be of its payer") == placed(
+            one, books
+        )
+    for creator in ("", "ann"):
+        assert "esc_9" == placed(replace(FOUND, creator=creator), books).id

@@ -10,17 +10,20 @@ from meterd.core.accounts import Agreement
 from meterd.core.ledger import AWAITED_MS, Ledger
 from meterd.core.settlement import EscrowStatus
 from tests.unit.core.books import METERS, NOW
-from tests.unit.core.test_early_ends import FEE, HOUR, WEEKLY
+from tests.unit.core.test_ledger_early_ends import FEE, HOUR, WEEKLY
 
 END = NOW + 168 * HOUR
 
 
-@pytest.mark.parametrize("status", [EscrowStatus.ACTIVE, EscrowStatus.ADOPTING])
-def test_fee_waits_for_the_escrow_that_is_awaited(status):
+@pytest.mark.parametrize(
+    ("total", "status"),
+    [(FEE - 1, EscrowStatus.ACTIVE), (FEE - 1, EscrowStatus.ADOPTING), (0, EscrowStatus.ADOPTING)],
+)
+def test_fee_waits_for_the_escrow_that_is_awaited(total, status):
     """It is looked for again a little later, and is owed once the money is there."""
     ledger = Ledger({"weekly": WEEKLY}, METERS)
     ledger.bind(Agreement("a", "weekly", "payer", (("main", "esc_a"),)), NOW)
-    put(ledger, FEE - 1, status)
+    put(ledger, total, status)
     ledger.awaited.add("a")
 
     touched, lapsed = ledger.end_periods(END, 0)

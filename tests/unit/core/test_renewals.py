@@ -69,7 +69,8 @@ def wanted(ledger, account, now):
 def test_a_renewal_is_asked_for_when_the_running_period_ends_soon():
     """An hour before, not earlier; and with the next fee held, not at all."""
     ledger, account = books(WEEKLY, escrow())
-    held, rich = books(WEEKLY, escrow(), escrow("e2")), books(WEEKLY, escrow(total=2 * FEE))
+    used = escrow(total=2 * FEE, left=FEE)
+    held, rich = books(WEEKLY, used, escrow("e2")), books(WEEKLY, escrow(total=2 * FEE))
 
     assert [] == wanted(ledger, account, NOW + WEEK - AHEAD - 1)
     assert [("main", "renewal")] == wanted(ledger, account, NOW + WEEK - AHEAD)
@@ -80,7 +81,8 @@ def test_what_a_deadline_takes_before_the_next_period_ends_holds_no_fee():
     """An escrow that the service empties at the period's end cannot pay for the next period."""
     twice = escrow(total=2 * FEE, deadline=NOW + WEEK)
     ledger, account = books(WEEKLY, twice)
-    lasting = books(WEEKLY, escrow(deadline=NOW + WEEK), escrow("e2", deadline=NOW + 2 * WEEK))
+    half = escrow(total=2 * FEE, left=FEE, deadline=NOW + WEEK)
+    lasting = books(WEEKLY, half, escrow("e2", deadline=NOW + 2 * WEEK))
 
     assert [("main", "renewal")] == wanted(ledger, account, NOW + WEEK - AHEAD)
     assert [] == wanted(*lasting, NOW + WEEK - AHEAD)
@@ -92,8 +94,12 @@ def test_a_deadline_before_the_periods_end_brings_the_renewal_forward():
     ledger, account = books(WEEKLY, escrow(deadline=soon))
     empty = books(WEEKLY, escrow(left=0, deadline=soon))
 
+    last = books(WEEKLY, escrow(left=1, deadline=soon))
+
     assert [("main", "renewal")] == wanted(ledger, account, soon - AHEAD)
+    assert [("main", "renewal")] == wanted(*last, soon - AHEAD)
     assert [] == wanted(*empty, soon - AHEAD)
+    assert [] == wanted(ledger, account, soon), "it has taken what it takes"
 
 
 def test_the_fee_of_the_next_period_is_that_of_its_own_version():
@@ -105,6 +111,26 @@ def test_the_fee_of_the_next_period_is_that_of_its_own_version():
     assert [("main", "renewal")] == wanted(ledger, account, NOW + WEEK - AHEAD)
 
 
+def test_a_fee_that_begins_or_ends_with_a_later_period_is_no_fee_of_the_next_one():
+    """Only what the next period itself costs is held for it."""
+    free = RateCard((Rate(PERIOD_METER, 0), USAGE))
+    begins = replace(WEEKLY, card=free, later=(Version(NOW + WEEK, WEEKLY.card),))
+    ends = replace(WEEKLY, later=(Version(NOW + 2 * WEEK, free),))
+    soon = NOW + WEEK - AHEAD
+
+    assert [("main", "renewal")] == wanted(*books(begins, escrow(left=FEE - 1)), soon)
+    assert [] == wanted(*books(begins, escrow(left=FEE)), soon)
+    assert [("main", "renewal")] == wanted(*books(ends, escrow()), soon)
+
+
+def test_a_fee_is_held_in_whole_micros_as_it_is_owed():
+    """What is below a micro is never owed, and no escrow is asked for its sake."""
+    card = RateCard((Rate(PERIOD_METER, 5 * 10**12 + 1),))
+    ledger, account = books(replace(WEEKLY, card=card), escrow(total=2 * FEE))
+
+    assert [] == wanted(ledger, account, NOW + WEEK - AHEAD)
+
+
 def test_a_stream_rolls_over_below_a_fifth_of_its_deposit():
     """Exactly a fifth is enough; one unit less is not."""
     enough, low = (
@@ -114,6 +140,14 @@ def test_a_stream_rolls_over_below_a_fifth_of_its_deposit():
 
     assert [] == wanted(*enough, NOW)
     assert [("main", "rollover")] == wanted(*low, NOW)
+
+
+def test_a_stream_without_a_deposit_rolls_over_below_a_fifth_of_its_last_escrow():
+    """As much as the last one held is what the next one will hold."""
+    plan = replace(STREAM, deposits=())
+
+    assert [] == wanted(*books(plan, escrow(total=MICROS), used=800), NOW)
+    assert [("main", "rollover")] == wanted(*books(plan, escrow(total=MICROS), used=801), NOW)
 
 
 def test_a_stream_rolls_over_before_a_deadline_takes_its_escrow():
@@ -136,23 +170,33 @@ def test_nothing_is_asked_for_while_an_escrow_is_being_read_or_the_agreement_end
 
 def test_an_agreement_whose_escrows_are_all_spent_goes_on_and_one_that_was_refunded_does_not():
     """A payer who took his money back is not asked for more of it."""
-    spent = escrow(total=MICROS, left=0)
+    spent, smallest = escrow(total=MICROS, left=0), escrow(total=1, left=0)
     refunded = replace(escrow(total=MICROS, left=100), remaining=0)
     unread = Escrow("e1", "a", "main")
-    states = (spent, refunded, unread)
+    states = (spent, smallest, refunded, unread)
     ended = [books(STREAM, one, used=1000) for one in states]
     for (ledger, _), one in zip(ended, states, strict=True):
         ledger.put(replace(one, status=EscrowStatus.CLOSED))
 
-    assert [[("main", "rollover")], [], []] == [wanted(*one, NOW) for one in ended]
+    rollover = [("main", "rollover")]
+    assert [rollover, rollover, [], []] == [wanted(*one, NOW) for one in ended]
 
 
 def test_two_escrows_that_nobody_draws_on_are_enough():
     """Where deadlines are shorter than asked for, not one is locked after another."""
     short = [escrow(f"e{n}", MICROS, deadline=NOW + 1) for n in range(2)]
 
+    tiny = [escrow(f"e{n}", 1) for n in range(2)]
+
     assert [("main", "rollover")] == wanted(*books(STREAM, short[0]), NOW)
-    assert [] == wanted(*books(STREAM, *short), NOW)
+    assert [[], []] == [wanted(*books(STREAM, *pair), NOW) for pair in (short, tiny)]
+
+
+def test_an_escrow_that_was_frozen_before_it_was_read_is_none_to_draw_on():
+    """However many of them there are, a stream that runs low goes on by another one."""
+    frozen = [Escrow(f"e{n}", "a", "main", EscrowStatus.FROZEN) for n in range(2)]
+
+    assert [("main", "rollover")] == wanted(*books(STREAM, *frozen), NOW)
 
 
 def test_a_hybrid_renews_its_fee_and_rolls_its_overage_over_each_by_itself():
@@ -162,6 +206,27 @@ def test_a_hybrid_renews_its_fee_and_rolls_its_overage_over_each_by_itself():
 
     assert [(BASE, "renewal")] == wanted(*fresh, NOW + WEEK - AHEAD)
     assert [(OVERAGE, "rollover")] == wanted(*used, NOW)
+
+
+REFUNDED = replace(
+    escrow(role=BASE, total=2 * FEE, left=FEE), remaining=0, status=EscrowStatus.CLOSED
+)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        (Escrow("e1", "a", BASE),),
+        (REFUNDED,),
+        (escrow(role=BASE), escrow("e3", role=BASE)),
+    ],
+    ids=["being read", "refunded", "two spare"],
+)
+def test_a_role_that_asks_for_nothing_leaves_the_next_one_its_rollover(base):
+    """Why one role waits is no reason for another."""
+    overage = escrow("e2", MICROS, role=OVERAGE)
+
+    assert [(OVERAGE, "rollover")] == wanted(*books(MIXED, *base, overage, used=900), NOW)
 
 
 def test_a_plan_with_periods_and_no_fee_rolls_over():
@@ -179,7 +244,7 @@ def test_a_plan_with_periods_and_no_fee_rolls_over():
 def test_the_next_escrow_holds_the_plans_deposit_or_as_much_as_the_last():
     """A plan that says nothing goes on as it began."""
     free = replace(STREAM, deposits=())
-    last = books(free, escrow(total=3), escrow("e2", 7))
+    last = books(free, escrow(total=3), escrow("e2", 5), escrow("e3", 7))
 
     assert MICROS == amount_for(*books(STREAM, escrow(total=3)), "main")
     assert (7, 0) == (amount_for(*last, "main"), amount_for(*last, "base"))

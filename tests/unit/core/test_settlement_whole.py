@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from meterd.core.settlement import (
+    WALLET,
     Alarm,
     Answer,
     Answered,
@@ -188,6 +189,12 @@ ACTED = {
         replace(DUE, owed=230),
         replace(ACTIVE, closing=True, status=EscrowStatus.CLOSED, reason="settled"),
         (),
+    ),
+    "closed with a micro": (
+        replace(ACTIVE, closing=True),
+        replace(DUE, owed=231),
+        replace(ACTIVE, closing=True, status=EscrowStatus.CLOSED, reason="settled"),
+        (Alarm("uncollectible", "closed with 0.000001 USDC unpaid"),),
     ),
     "nothing to release": (
         ACTIVE,
@@ -480,6 +487,36 @@ SEEN = {
         seen(),
         after(ACTIVE, seen()),
         (),
+    ),
+    "level, with another deadline and a part refunded": (
+        ACTIVE,
+        seen(deadline=77, refunded=20, remaining=700),
+        after(ACTIVE, seen(deadline=77, refunded=20, remaining=700)),
+        (),
+    ),
+    "a wallet that was filled up": (
+        replace(ACTIVE, role=WALLET),
+        seen(total=1_500, remaining=1_220),
+        after(replace(ACTIVE, role=WALLET, total=1_500), seen(total=1_500, remaining=1_220)),
+        (),
+    ),
+    "a wallet that was frozen before it was adopted": (
+        Escrow("e", "a", WALLET, EscrowStatus.FROZEN, reason="why"),
+        seen(),
+        after(Escrow("e", "a", WALLET, EscrowStatus.FROZEN, reason="why"), seen()),
+        (),
+    ),
+    "an escrow of one micro whose provider has changed": (
+        replace(ACTIVE, total=1, provider="other"),
+        seen(1, total=1, remaining=0),
+        replace(
+            ACTIVE,
+            total=1,
+            provider="other",
+            reading=None,
+            suspicion=("the provider changed from other to prov", 99.5),
+        ),
+        (Blocked("the provider changed from other to prov"),),
     ),
     "live again": (
         replace(ACTIVE, status=EscrowStatus.PAUSED, reason="x"),

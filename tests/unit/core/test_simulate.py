@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from meterd.core.events import Reason, UsageEvent
 from meterd.core.meters import Aggregation, Meter
 from meterd.core.plans import Pattern, Plan, Settle
-from meterd.core.pricing import PERIOD_METER, Model, Rate, RateCard, Tier
+from meterd.core.pricing import MILESTONE_METER, PERIOD_METER, Model, Rate, RateCard, Tier
 from meterd.core.simulate import (
     Curve,
     Life,
+    Paid,
     Past,
+    Priced,
     Service,
     Spread,
     Step,
@@ -63,6 +66,7 @@ CALLS = Plan(
 )
 PLANS = {plan.name: plan for plan in (STREAM, DEAR, VOLUME, WEEKLY, CALLS)}
 SERVICE = Service(pace=2_000, latency=1_000)
+PIECES = Service(1_000, 100, 100_000)  # A tenth of a USDC at most with each call.
 
 
 def used(*events, agreement="a"):
@@ -97,11 +101,61 @@ def test_usage_is_owed_from_its_own_time_on_by_the_ledger_of_the_daemon():
     """A step for each moment with usage, and one at the end, which closes."""
     curve = curve_of(used((0, 5), (10, 7)))
 
-    assert [(step.at - T, step.owed, step.closing) for step in curve.steps] == [
-        (0, (5_000,), False),
-        (10_000, (12_000,), False),
-        (10_000, (12_000,), True),
+    assert (curve.agreement, curve.plan) == ("a", STREAM)
+    assert drawn(curve) == [
+        (0, (5_000,), False, True),
+        (10, (12_000,), False, True),
+        (10, (12_000,), True, False),
     ]
+
+
+def drawn(curve):
+    """Steps as (second, owed, closing, usage)."""
+    return [((one.at - T) // 1000, one.owed, one.closing, one.usage) for one in curve.steps]
+
+
+def test_past_without_usage_owes_nothing():
+    """There is no agreement in it, and no event."""
+    assert price(PLANS, METERS, {"a": "stream"}, []) == Priced()
+
+
+def test_period_that_ends_with_an_event_ends_before_it():
+    """The event is of the period that begins."""
+    curve = curve_of(used((0, 5), (60, 5)), plan="weekly")
+
+    assert drawn(curve) == [
+        (0, (0, 5_000), False, True),
+        (60, (2 * 10**6, 5_000), False, False),
+        (60, (2 * 10**6, 10_000), False, True),
+        (60, (4 * 10**6, 10_000), True, False),
+    ]
+
+
+def test_agreement_lapses_when_the_deposit_given_cannot_hold_the_next_fee():
+    """As the daemon would: usage is taken, and no further fee is owed."""
+    curve = curve_of(used((0, 5), (130, 5)), plan="weekly", deposit=3_000_000)
+
+    assert drawn(curve) == [
+        (0, (0, 5_000), False, True),
+        (60, (2 * 10**6, 5_000), False, False),
+        (120, (2 * 10**6, 5_000), True, False),
+        (130, (2 * 10**6, 10_000), True, True),
+        (130, (2 * 10**6, 10_000), True, False),
+    ]
+
+
+def test_tranche_is_owed_once_as_by_the_daemon():
+    """The second one of its name is rejected, and counted by its reason."""
+    rate = Rate(MILESTONE_METER, PICOS, where=(("name", "design"),))
+    plans = {"project": Plan("project", Pattern.MILESTONE, RateCard((rate,)))}
+    past = used((0, 1), (1, 1), (1, 1))
+    for one in past:
+        one.event.type, one.event.name = MILESTONE_METER, "design"
+
+    found = price(plans, METERS, {"a": "project"}, past)
+
+    assert (found.events, found.rejected) == (1, {Reason.REACHED: 2})
+    assert found.curves[0].steps[-1].owed == (10**6,)
 
 
 def test_each_threshold_is_paid_when_it_is_reached_and_the_rest_at_close():
@@ -122,6 +176,62 @@ def test_interval_is_paid_when_time_alone_makes_it_due():
     life = settle(curve, Settle(interval=60_000), SERVICE)
 
     assert shown(life) == [(60, 20_000, "interval"), (500, 1_000, "close")]
+
+
+def test_interval_begins_anew_with_the_usage_behind_a_payment_of_all():
+    """Time in which nothing was owed is no time that anybody waited."""
+    curve = curve_of(used((0, 20), (500, 20), (900, 1)))
+
+    life = settle(curve, Settle(interval=60_000), SERVICE)
+
+    assert shown(life) == [(60, 20_000, "interval"), (560, 20_000, "interval"),
+                           (900, 1_000, "close")]  # fmt: skip
+
+
+def steps(*owed):
+    """A curve of one role by hand, from (ms, micros); it closes long after the last of them."""
+    found = [Step(T + at, (micros,), 0, closing=False, usage=True) for at, micros in owed]
+    found.append(Step(T + 1_000_000, (owed[-1][1],), 0, closing=True, usage=False))
+    return Curve("a", STREAM, ("main",), 10**15, found)
+
+
+@pytest.mark.parametrize("later", [[(60_500, 40_000)], [(60_500, 20_001), (70_000, 40_000)]])
+def test_interval_begins_anew_with_a_payment_that_leaves_something_unpaid(later):
+    """Usage came while the call was on its way, be it a micro: what it left is due next."""
+    life = settle(steps((0, 20_000), *later), Settle(interval=60_000), SERVICE)
+
+    assert shown(life) == [(60, 20_000, "interval"), (121, 20_000, "interval")]
+
+
+def test_units_are_counted_from_the_payment_before():
+    """Twenty units each time; a call that could not ask for all has settled none of them."""
+    curve = curve_of(used(*((10 * place, 10) for place in range(7))))
+    life = settle(curve, Settle(units=20 * 10**9), SERVICE)
+
+    assert shown(life) == [(10, 20_000, "units"), (30, 20_000, "units"), (50, 20_000, "units"),
+                           (60, 10_000, "close")]  # fmt: skip
+    whole = settle(curve_of(used((0, 100), (50, 10), (100, 10))), Settle(units=100 * 10**9), PIECES)
+    assert shown(whole) == [(0, 100_000, "units"), (100, 20_000, "close")]
+
+
+@pytest.mark.parametrize(("pace", "later", "kept"), [(2_000, 108, 10_000), (20_000, 102, 40_000)])
+def test_exposure_is_bounded_with_what_bursts_have_shown(pace, later, kept):
+    """Half of the bound is kept until a hundred windows were seen, then what a burst may earn.
+
+    Five thousand micros each seven seconds: ten thousand in a window, and more the longer a call
+    has to wait for the one before it.
+    """
+    curve = steps(*((7_000 * place, 5_000 * (place + 1)) for place in range(125)))
+    bounded = replace(STREAM, settle=Settle(exposure_max=100_000))
+    priced = price({"stream": bounded}, METERS, {"a": "stream"}, used((0, 5), (7, 5)))
+
+    life = settle(curve, Settle(exposure_max=100_000), Service(pace=pace, latency=1_000))
+
+    calls = shown(life)
+    assert calls[:9] == [(70 * n + 63, 50_000, "adaptive") for n in range(9)]
+    assert calls[9] == (7 * (later - 1), 100_000 - kept, "adaptive")
+    assert outcome([life], 0).whys == (("adaptive", len(calls) - 1), ("close", 1))
+    assert priced.curves[0].steps[-1].owed == (10_000,)
 
 
 def test_calls_keep_their_pace():
@@ -145,11 +255,43 @@ def test_money_that_is_there_at_once_lets_the_next_call_go_at_its_pace():
 
 def test_large_amount_goes_in_pieces():
     """No call asks for more than the most that one may."""
-    curve = curve_of(used((0, 250)))
+    curve = curve_of(used((0, 250), (100, 1)))
 
-    life = settle(curve, Settle(units=100 * 10**9), Service(1_000, 100, 100_000))
+    life = settle(curve, Settle(units=100 * 10**9), PIECES)
 
-    assert [amount for _, amount, _ in shown(life)] == [100_000, 100_000, 50_000]
+    assert shown(life) == [(0, 100_000, "units"), (1, 100_000, "units"), (2, 50_000, "units"),
+                           (100, 1_000, "close")]  # fmt: skip
+    assert life.waits == [(100, 100_000), (1_100, 100_000), (2_100, 50_000), (100, 1_000)]
+
+
+def test_calls_ask_for_whole_quanta():
+    """What is left below one stays unpaid, as with the real one."""
+    curve = curve_of(used((0, 10), (60, 10)))
+
+    life = settle(curve, Settle(amount=10_000), Service(quantum=3_000))
+
+    assert shown(life) == [(0, 9_000, "amount"), (60, 9_000, "amount")]
+    assert life.unpaid == 2_000
+
+
+def test_last_micro_is_paid_from_an_escrow():
+    """Only a wallet has a least amount."""
+    life = settle(steps((0, 1)), Settle(), Service(wallet_minimum=10_000))
+
+    assert shown(life) == [(1_000, 1, "close")]
+    assert {"a"} == {life.agreement, *(one.agreement for one in life.paid)}
+
+
+def test_money_that_arrives_with_new_usage_is_there_before_it():
+    """So the exposure is never that of both."""
+    life = settle(steps((0, 10_000), (1_000, 20_000)), Settle(amount=10_000), SERVICE)
+
+    assert [(at - T, exposure) for at, exposure in life.points][:4] == [
+        (0, 10_000),
+        (1_000, 0),
+        (1_000, 10_000),
+        (3_000, 0),
+    ]
 
 
 def test_wallet_is_debited_of_no_less_than_its_minimum():
@@ -160,6 +302,8 @@ def test_wallet_is_debited_of_no_less_than_its_minimum():
 
     assert shown(life) == [(0, 12_000, "amount")]
     assert (life.charged, life.unpaid) == (20_000, 8_000)
+    least = settle(curve, Settle(amount=10_000), Service(wallet_minimum=12_000))
+    assert shown(least) == [(0, 12_000, "amount")]
 
 
 def test_exposure_and_waits_are_those_of_a_sum_by_hand():
@@ -181,6 +325,8 @@ def test_deposit_given_can_be_exhausted():
 
     assert [amount for _, amount, _ in shown(life)] == [100_000] * 5
     assert (life.charged, life.unpaid) == (1_000_000, 500_000)
+    least = settle(replace(curve, total=250_000), Settle(amount=100_000), SERVICE)
+    assert shown(least)[2:] == [(24, 50_000, "exhausted")], "nothing more will ever be due"
 
 
 def test_share_of_an_escrow_without_an_end_is_one_of_its_deposit():
@@ -190,6 +336,7 @@ def test_share_of_an_escrow_without_an_end_is_one_of_its_deposit():
     assert without_share(asked, 1_000_001) == Settle(amount=250_001)
     assert without_share(asked, None) == Settle(amount=300_000)
     assert without_share(Settle(escrow_percent=25), None) == Settle()
+    assert without_share(Settle(escrow_percent=25), 1_000_000) == Settle(amount=250_000)
     assert without_share(Settle(units=1), 4) == Settle(units=1)
 
 
@@ -218,6 +365,9 @@ def test_periods_end_between_events_and_their_fees_are_paid_from_their_own_escro
         (130, 100_000, "amount"),
         (130, 2 * 10**6, "close"),
     ]
+    assert all(micros for _, micros in life.waits), (
+        "a role that owes no more has no part that waits"
+    )
 
 
 def test_event_without_a_price_is_left_out_and_counted():
@@ -239,12 +389,22 @@ def test_all_agreements_together_are_more_exposed_than_one():
         Life("a", points=[(0, 10), (10, 0)], waits=[(10, 10)], charged=10),
         Life("b", points=[(5, 20), (15, 0)], waits=[(10, 20)], charged=20),
     ]
+    lives[1].paid = [Paid("b", 9, 10_050, "adaptive: much"), Paid("b", 9, 10_050, "amount")]
 
     found = outcome(lives, 100)
 
     assert found.exposure == Spread(15, 20, 20)
     assert found.together == Spread((10 * 5 + 30 * 5 + 20 * 5) // 15, 30, 30)
     assert found.points == ((0, 10), (5, 30), (10, 20), (15, 0))
+    assert (found.charged, found.paid, found.fee) == (30, 20_100, 200), "each call its whole micros"
+    assert found.whys == (("adaptive", 1), ("amount", 1))
+
+
+def test_agreements_that_change_in_one_moment_change_one_after_the_other():
+    """In their own order: what is at stake between them counts as the worst."""
+    lives = [Life("a", points=[(0, 10), (5, 30)]), Life("b", points=[(0, 5), (5, 0)])]
+
+    assert outcome(lives, 0).points == ((0, 10), (0, 15), (5, 35), (5, 30))
 
 
 @pytest.mark.parametrize(
@@ -254,6 +414,7 @@ def test_all_agreements_together_are_more_exposed_than_one():
         ([(5, 0)], Spread(5, 5, 5)),
         ([(1, 95), (100, 5)], Spread(5, 1, 100)),
         ([(1, 94), (100, 6)], Spread(6, 100, 100)),
+        ([(1, 945), (100, 55)], Spread(6, 100, 100)),
         ([(1, 100), (7, 0)], Spread(1, 1, 7)),
     ],
 )

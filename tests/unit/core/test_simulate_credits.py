@@ -13,13 +13,15 @@ from tests.unit.core.test_simulate import METERS, PLANS, SERVICE, STREAM, T, use
     ("owed", "waits"),
     [
         # The one part that waits becomes smaller.
-        ([(0, 100), (5, 55)], [(6_000, 55)]),
+        ([(0, 100), (5, 55), (6, 65)], [(7_000, 55), (1_000, 10)]),
         # The newest part is smaller than the credit: it goes, and something of the one before.
-        ([(0, 90), (4, 100), (5, 55)], [(6_000, 55)]),
+        ([(0, 90), (4, 100), (5, 55), (6, 65)], [(7_000, 55), (1_000, 10)]),
+        # By a micro only.
+        ([(0, 90), (4, 100), (5, 89), (6, 99)], [(7_000, 89), (1_000, 10)]),
         # It is larger: what waits longest keeps its place in the row.
-        ([(0, 40), (4, 100), (5, 55)], [(6_000, 40), (2_000, 15)]),
+        ([(0, 40), (4, 100), (5, 55), (6, 65)], [(7_000, 40), (3_000, 15), (1_000, 10)]),
         # It is as large, and nothing of it stays behind.
-        ([(0, 55), (4, 100), (5, 55)], [(6_000, 55)]),
+        ([(0, 55), (4, 100), (5, 55), (6, 65)], [(7_000, 55), (1_000, 10)]),
     ],
 )
 def test_credit_is_taken_from_the_newest_usage_that_waits(owed, waits):

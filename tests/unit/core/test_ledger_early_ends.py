@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meterd.core.accounts import Agreement
+from meterd.core.events import UsageEvent
 from meterd.core.holds import Ask, Holds
 from meterd.core.ledger import Ledger
 from meterd.core.money import NANOS
@@ -58,15 +59,22 @@ def test_payer_is_denied_in_a_period_that_no_escrow_can_pay(books):
     assert "the payer must renew" in judge(books, NOW).reason
 
 
+@pytest.mark.parametrize("by_event", [False, True])
 @pytest.mark.parametrize("renewed", [False, True])
-def test_payer_closes_between_the_early_end_and_the_real_one(books, renewed):
+def test_payer_closes_between_the_early_end_and_the_real_one(books, renewed, by_event):
     """He owes the one fee, and none for a period that has not begun."""
     early = NOW + 168 * HOUR - 900_000
     books.end_periods(early, 60_000)
     if renewed:
         put(books, total=2 * FEE, remaining=2 * FEE)
-    books.close(books.accounts["a"], early)
+    if by_event:
+        close = UsageEvent(id="x", agreement="a", type="meterd.close")
+        resolved = books.resolve([close], None, "s", 0, early)
+        books.apply(books.decide(resolved, [b"x"], [1], [-1]), early)
+    else:
+        books.close(books.accounts["a"], early)
 
+    assert books.accounts["a"].closing
     assert FEE == books.accounts["a"].owed
 
 
