@@ -352,6 +352,17 @@ def test_fingerprint_of_0_is_known_like_any_other():
     assert [Reason.CONFLICT] == [rejection.reason for rejection in other.rejections]
 
 
+@pytest.mark.parametrize("part", ["quantities", "events"])
+def test_batch_whose_lists_are_not_of_one_length_is_a_mistake(part):
+    """Whatever is shorter would leave usage uncounted."""
+    till = every()
+    found = resolved(till, [usage("x", meter="calls"), usage("y", type=CLOSE)])
+    getattr(found, part).pop()
+
+    with pytest.raises((ValueError, IndexError)):
+        till.books.decide(found, [b"x", b"y"], [1, 2], [-1, -1])
+
+
 def test_batch_of_new_identities_is_taken_as_a_whole():
     """Nothing is asked of each of them; nor of none."""
     assert decided([-1, -1], [5, 6]).fresh is None

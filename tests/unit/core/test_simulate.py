@@ -253,6 +253,15 @@ def test_money_that_is_there_at_once_lets_the_next_call_go_at_its_pace():
     assert life.unpaid == 0
 
 
+def test_step_without_a_figure_for_each_role_is_a_mistake():
+    """Usage that is owed to nobody would be missing from every sum."""
+    curve = curve_of(used((0, 5)), plan="weekly")
+    step = replace(curve.steps[0], owed=(5_000,))
+
+    with pytest.raises(ValueError, match="shorter"):
+        settle(replace(curve, steps=[step]), Settle(), SERVICE)
+
+
 def test_large_amount_goes_in_pieces():
     """No call asks for more than the most that one may."""
     curve = curve_of(used((0, 250), (100, 1)))
