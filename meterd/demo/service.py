@@ -146,19 +146,39 @@ class Gate:
 
 
 class HttpTransport:
-    """`POST /v1/events`: the answer means that the events are on the disk."""
+    """`POST /v1/events`, or another path: the answer means that the events are on the disk."""
+
+    path = "/v1/events"
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     async def send(self, events: list[Event]) -> None:
         """Send until answered; a daemon that was killed meanwhile knows the ids again."""
-        url = f"{self._stage.addresses.daemon}/v1/events"
+        url = f"{self._stage.addresses.daemon}{self.path}"
         while True:
             with contextlib.suppress(MeterdError):
-                await self._stage.call("POST", url, events)
+                await self._stage.call("POST", url, self._body(events))
                 return
             await asyncio.sleep(0.2)
+
+    def _body(self, events: list[Event]) -> object:
+        return events
+
+
+class OpenMeterTransport(HttpTransport):
+    """OpenMeter's ingest call, as its clients make it."""
+
+    path = "/api/v1/events"
+
+
+class OtlpTransport(HttpTransport):
+    """What an exporter of OpenTelemetry sends: here the events are spans."""
+
+    path = "/v1/traces"
+
+    def _body(self, events: list[Event]) -> object:
+        return {"resourceSpans": [{"scopeSpans": [{"spans": events}]}]}
 
 
 class RedisTransport:
@@ -216,6 +236,7 @@ async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
     """Open the ways that the stage has; HTTP stands in for those it has not."""
     http = HttpTransport(stage)
     ways: dict[str, Transport] = {"http": http, "redis": http, "mqtt": http}
+    ways |= {"openmeter": OpenMeterTransport(stage), "otlp": OtlpTransport(stage)}
     async with contextlib.AsyncExitStack() as stack:
         if stage.addresses.redis_port is not None:
             redis = RedisTransport(stage.addresses.redis_port)
