@@ -1,4 +1,4 @@
-"""The customers of the demo: all seven patterns, over five transports, and one that runs dry.
+"""The customers of the demo: all seven patterns, over six transports, and one that runs dry.
 
 Each books what he used in decimals, from the prices that he was told, and knows nothing of meterd.
 """
@@ -36,7 +36,7 @@ def cast() -> list[Customer]:
     return [
         Customer("Ada", "tokens", "mqtt", "5.00", 4),
         Customer("Bo", "calls", "redis", "5.00", 12),
-        Customer("Cy", "tokens", "http", "5.00", 6),
+        Customer("Cy", "tokens", "sdk", "5.00", 6),
         Customer("Di", "speech", "redis", "5.00", 3),
         Customer("Eve", "calls", "redis", "5.00", 8, forgetful=True),
         Cautious("Fay", "single", "http", "", 5, roles=("wallet",)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from redis.exceptions import RedisError
 
 from meterd.demo.stage import PAYER_KEY, Stage
 from meterd.errors import MeterdError
+from meterd.sdk import AsyncMeter
 
 QUANTUM = Decimal("0.000001")
 PUBLISH_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 20.0
 HOLD_S = 60  # Longer than any restart.
 PAYER = "agent_payer"
 
@@ -181,6 +184,26 @@ class OtlpTransport(HttpTransport):
         return {"resourceSpans": [{"scopeSpans": [{"spans": events}]}]}
 
 
+class SdkTransport:
+    """The SDK's meter: whoever tells waits for nobody, and a spool keeps what meterd has not."""
+
+    def __init__(self, stage: Stage) -> None:
+        spool = stage.data_dir.with_name("usage-spool")
+        self._meter = AsyncMeter(stage.addresses.daemon, spool=spool)
+        # That meterd is down says the picture; a warning beside it would tear it.
+        logging.getLogger("meterd.sdk").setLevel(logging.ERROR)
+
+    async def send(self, events: list[Event]) -> None:
+        """Tell; the meter brings it to meterd, again and again with the same ids."""
+        for event in events:
+            self._meter.tell(event)
+
+    async def close(self) -> None:
+        """Bring what is left. Raises `MeterdError`."""
+        if left := await self._meter.aclose(CLOSE_TIMEOUT_S):
+            raise MeterdError(f"{left} events of the SDK wait in its spool")
+
+
 class RedisTransport:
     """`XADD`: one entry for each event, its JSON in the field `event`."""
 
@@ -246,7 +269,9 @@ async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
             mqtt = MqttTransport(stage.addresses.mqtt_port)
             stack.callback(mqtt.close)
             ways["mqtt"] = mqtt
-        yield ways
+        meter = SdkTransport(stage)
+        stack.push_async_callback(meter.close)
+        yield {**ways, "sdk": meter}
 
 
 async def open_agreements(stage: Stage, customers: list[Customer]) -> None:

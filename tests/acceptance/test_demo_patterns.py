@@ -52,7 +52,7 @@ def test_person_who_plays_a_pattern_sees_its_life_and_a_difference_of_0(pattern:
 
 
 def test_person_who_watches_the_whole_demo_through_crashes_sees_all_accounts_agree() -> None:
-    """All seven patterns over five transports, while the daemon is killed, end with 0."""
+    """All seven patterns over six transports, while the daemon is killed, end with 0."""
     words = ("demo", "--crash", "--seconds", "10", "--no-browser")
     done = meterd(*words, seconds=200)
 
