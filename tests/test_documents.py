@@ -29,7 +29,7 @@ ALL = (*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
 each_document = pytest.mark.parametrize("document", ALL, ids=lambda path: path.name)
 
 # Names with a dot that end so are files and no keys.
-FILES = {"db", "lock", "py", "reserve", "toml"}
+FILES = {"db", "key", "lock", "py", "reserve", "toml"}
 # Types of events, and the attributes of OpenTelemetry that are read.
 NO_KEYS = {*SPECIAL_TYPES, USAGE_TYPE, GENAI_TYPE, genai.EVENT, *genai.WANTED}
 

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from meterd import __version__
-from meterd.api import openapi, pages, problems
+from meterd.api import openapi, pages, problems, protocol
 from meterd.api.agents import Agents
 from meterd.api.agreements import Agreements
 from meterd.api.auth import Guard
@@ -33,6 +33,7 @@ from meterd.api.overview import Overview
 from meterd.api.parts import Instruments, IntakeView, OpenerView, Parts, SettlerView
 from meterd.api.plans import Plans
 from meterd.api.problems import Problem
+from meterd.api.protocol import Runner
 from meterd.api.releases import Releases
 from meterd.api.senders import Senders
 from meterd.api.settings import ApiSettings, ApiToken, Scope
@@ -95,7 +96,10 @@ def build(
     stream = Stream(parts)
     app.on_shutdown.append(stream.close)
     for call in _calls(parts, stream):
-        scopes[app.router.add_route(call.method, call.path, call.answer)] = call.scope
+        route = app.router.add_route(
+            call.method, call.path, call.answer, expect_handler=protocol.expected
+        )
+        scopes[route] = call.scope
     return app
 
 
@@ -104,7 +108,7 @@ def runner(app: web.Application, *, shutdown_timeout: float) -> web.AppRunner:
 
     `cleanup` lets requests under way finish, so long.
     """
-    return web.AppRunner(
+    return Runner(
         app,
         access_log=None,  # No line for each event; the metrics count.
         auto_decompress=False,  # A compressed body is refused, and not unpacked to be dropped.

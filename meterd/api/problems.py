@@ -57,7 +57,7 @@ class Problem(Exception):
         self.members = dict(members or {})
 
 
-def answer(problem: Problem, request: web.Request) -> web.Response:
+def answer(problem: Problem, request: web.BaseRequest) -> web.Response:
     """Write a problem as its response."""
     document = {
         "type": f"urn:meterd:problem:{problem.kind}",

@@ -30,8 +30,7 @@ _FOUND: Mapping[str, str] = {
     "object": "an object",
     "str": "a text",
 }
-_WANTED: Mapping[str, str] = {
-    **_FOUND,
+_WANTED: Mapping[str, str] = {  # Where more can be said than what kind of value it is.
     "int | str": 'a whole number or a text such as "0.5"',
     "int | str | null": 'a whole number or a text such as "0.5"',
     "datetime | null": f"a text such as {TIME_EXAMPLE}",
@@ -75,7 +74,9 @@ def _said(text: str, document: bytes, what: str) -> str:
         return f"no JSON: {syntax[1]} at byte {at}{_excerpt(document, at)}"
     if wrong := _TYPE.fullmatch(text):
         place = wrong[3].replace("[...]", ", a value of it") if wrong[3] else what
-        wanted, found = _WANTED.get(wrong[1], wrong[1]), _FOUND.get(wrong[2], wrong[2])
+        kinds = [_FOUND.get(kind, kind) for kind in wrong[1].split(" | ")]
+        wanted = _WANTED.get(wrong[1], " or ".join(kinds))
+        found = _FOUND.get(wrong[2], wrong[2])
         return f"{place}{': ' if place else ''}it must be {wanted}, and is {found}"
     return _WHOLE.get(text, text)
 

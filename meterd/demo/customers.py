@@ -1,4 +1,4 @@
-"""The customers of the demo: all seven patterns, over three transports, and one that runs dry.
+"""The customers of the demo: all seven patterns, over six transports, and one that runs dry.
 
 Each books what he used in decimals, from the prices that he was told, and knows nothing of meterd.
 """
@@ -6,6 +6,7 @@ Each books what he used in decimals, from the prices that he was told, and knows
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -24,6 +25,9 @@ TRANCHES: Mapping[str, Decimal] = {
 }
 SHARE = Decimal("0.70")
 SCORE = "0.83"
+INPUT, OUTPUT = Decimal("0.0000005"), Decimal("0.000002")
+WORDS: Mapping[str, Decimal] = {"large": Decimal("0.00002"), "small": Decimal("0.00001")}
+ANSWER = Decimal("0.0005")
 WALLET_CALLS = 10  # What its minimum is worth.
 
 
@@ -32,7 +36,7 @@ def cast() -> list[Customer]:
     return [
         Customer("Ada", "tokens", "mqtt", "5.00", 4),
         Customer("Bo", "calls", "redis", "5.00", 12),
-        Customer("Cy", "tokens", "http", "5.00", 6),
+        Customer("Cy", "tokens", "sdk", "5.00", 6),
         Customer("Di", "speech", "redis", "5.00", 3),
         Customer("Eve", "calls", "redis", "5.00", 8, forgetful=True),
         Cautious("Fay", "single", "http", "", 5, roles=("wallet",)),
@@ -41,6 +45,8 @@ def cast() -> list[Customer]:
         Project("Ivy", "project", "http", "2.00", 1),
         Task("Jo", "answer", "http", "3.00", 1),
         Mixed("Kim", "mixed", "http", str(FEE), 5, roles=("base", "overage")),
+        Traced("Lou", "tokens", "otlp", "5.00", 4),
+        Typed("Max", "chat", "openmeter", "5.00", 5),
     ]
 
 
@@ -105,6 +111,49 @@ class Task(Customer):
             return []
         self.used += SHARE * Decimal(self.deposit)
         return [self._told("meterd.outcome", score=SCORE)]
+
+
+@dataclass(slots=True)
+class Traced(Customer):
+    """An agent whose calls of a model are traced: its exporter tells, and knows nothing of bills.
+
+    What came from the cache is input, since his plan has no rate of its own for it.
+    """
+
+    def _call(self, rng: random.Random) -> list[Event]:
+        read, written = rng.randint(200, 3000), rng.randint(20, 800)
+        self.used += INPUT * read + OUTPUT * written
+        counts = {
+            "input_tokens": read,
+            "cache_read.input_tokens": rng.randint(0, read),
+            "output_tokens": written,
+            "reasoning.output_tokens": rng.randint(0, written),
+        }
+        said: dict[str, dict[str, object]] = {
+            "meterd.agreement": {"stringValue": self.agreement},
+            "gen_ai.operation.name": {"stringValue": "chat"},
+            "gen_ai.response.model": {"stringValue": "m-large"},
+        }
+        said |= {f"gen_ai.usage.{name}": {"intValue": n} for name, n in counts.items()}
+        return [
+            {
+                "traceId": f"{rng.getrandbits(128):032x}",
+                "spanId": f"{next(self.numbers) + 1:016x}",
+                "endTimeUnixNano": str(time.time_ns()),
+                "attributes": [{"key": name, "value": value} for name, value in said.items()],
+            }
+        ]
+
+
+@dataclass(slots=True)
+class Typed(Customer):
+    """His proxy tells OpenMeter what happened: one event feeds two meters here."""
+
+    def _call(self, rng: random.Random) -> list[Event]:
+        model, words = rng.choice(list(WORDS)), rng.randint(5, 500)
+        self.used += WORDS[model] * words + ANSWER
+        event = self._told("completion", data={"model": model, "usage": {"words": words}})
+        return [{**event, "specversion": "1.0", "subject": event.pop("escrow_id")}]
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from redis.exceptions import RedisError
 
 from meterd.demo.stage import PAYER_KEY, Stage
 from meterd.errors import MeterdError
+from meterd.sdk import AsyncMeter
 
 QUANTUM = Decimal("0.000001")
 PUBLISH_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 20.0
 HOLD_S = 60  # Longer than any restart.
 PAYER = "agent_payer"
 
@@ -146,19 +149,59 @@ class Gate:
 
 
 class HttpTransport:
-    """`POST /v1/events`: the answer means that the events are on the disk."""
+    """`POST /v1/events`, or another path: the answer means that the events are on the disk."""
+
+    path = "/v1/events"
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     async def send(self, events: list[Event]) -> None:
         """Send until answered; a daemon that was killed meanwhile knows the ids again."""
-        url = f"{self._stage.addresses.daemon}/v1/events"
+        url = f"{self._stage.addresses.daemon}{self.path}"
         while True:
             with contextlib.suppress(MeterdError):
-                await self._stage.call("POST", url, events)
+                await self._stage.call("POST", url, self._body(events))
                 return
             await asyncio.sleep(0.2)
+
+    def _body(self, events: list[Event]) -> object:
+        return events
+
+
+class OpenMeterTransport(HttpTransport):
+    """OpenMeter's ingest call, as its clients make it."""
+
+    path = "/api/v1/events"
+
+
+class OtlpTransport(HttpTransport):
+    """What an exporter of OpenTelemetry sends: here the events are spans."""
+
+    path = "/v1/traces"
+
+    def _body(self, events: list[Event]) -> object:
+        return {"resourceSpans": [{"scopeSpans": [{"spans": events}]}]}
+
+
+class SdkTransport:
+    """The SDK's meter: whoever tells waits for nobody, and a spool keeps what meterd has not."""
+
+    def __init__(self, stage: Stage) -> None:
+        spool = stage.data_dir.with_name("usage-spool")
+        self._meter = AsyncMeter(stage.addresses.daemon, spool=spool)
+        # That meterd is down says the picture; a warning beside it would tear it.
+        logging.getLogger("meterd.sdk").setLevel(logging.ERROR)
+
+    async def send(self, events: list[Event]) -> None:
+        """Tell; the meter brings it to meterd, again and again with the same ids."""
+        for event in events:
+            self._meter.tell(event)
+
+    async def close(self) -> None:
+        """Bring what is left. Raises `MeterdError`."""
+        if left := await self._meter.aclose(CLOSE_TIMEOUT_S):
+            raise MeterdError(f"{left} events of the SDK wait in its spool")
 
 
 class RedisTransport:
@@ -216,6 +259,7 @@ async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
     """Open the ways that the stage has; HTTP stands in for those it has not."""
     http = HttpTransport(stage)
     ways: dict[str, Transport] = {"http": http, "redis": http, "mqtt": http}
+    ways |= {"openmeter": OpenMeterTransport(stage), "otlp": OtlpTransport(stage)}
     async with contextlib.AsyncExitStack() as stack:
         if stage.addresses.redis_port is not None:
             redis = RedisTransport(stage.addresses.redis_port)
@@ -225,7 +269,9 @@ async def transports(stage: Stage) -> AsyncIterator[dict[str, Transport]]:
             mqtt = MqttTransport(stage.addresses.mqtt_port)
             stack.callback(mqtt.close)
             ways["mqtt"] = mqtt
-        yield ways
+        meter = SdkTransport(stage)
+        stack.push_async_callback(meter.close)
+        yield {**ways, "sdk": meter}
 
 
 async def open_agreements(stage: Stage, customers: list[Customer]) -> None:

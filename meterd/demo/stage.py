@@ -103,6 +103,24 @@ pattern = "performance"
 deposit = "3.00"
 steps = [{{ score = "0.9", share = "1" }}, {{ score = "0.7", share = "0.70" }}]
 
+[meters.words]
+event_type = "completion"
+value = "$.usage.words"
+dimensions = {{ model = "$.model" }}
+
+[meters.answers]
+event_type = "completion"
+aggregation = "count"
+
+[plans.chat]
+pattern = "streaming"
+rates = [
+    {{ meter = "words", price = "0.00002", where = {{ model = "large" }} }},
+    {{ meter = "words", price = "0.00001" }},
+    {{ meter = "answers", price = "0.0005" }},
+]
+settle = {{ amount = "0.02", interval = "5s", min_release = "0.000001" }}
+
 [plans.mixed]
 pattern = "hybrid"
 fee = "2.00"

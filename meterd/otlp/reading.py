@@ -23,6 +23,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from meterd.core.events import printable
+from meterd.core.flaws import json_flaw
 
 TRACE_ID_HEX, SPAN_ID_HEX = 32, 16
 ATTRIBUTES_MAX = 500_000  # Of all items together: a million that are empty are work all the same.
@@ -287,10 +288,9 @@ _JSON: Mapping[Signal, msgspec.json.Decoder[Any]] = {
 def _decode_json(signal: Signal, body: bytes) -> Any:
     try:
         return _JSON[signal].decode(body)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise BadRequest(f"the body is no OTLP JSON: {printable(str(error))}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        flaw = printable(json_flaw(error, body, ""))
+        raise BadRequest(f"the body is no OTLP JSON: {flaw}") from None
 
 
 def _json_is_set(value: _Value) -> bool:

@@ -135,8 +135,10 @@ NUMBERS: dict[str, Row] = {
     "almost one": _quantity("0.99999999999999999999", "more than 9 decimals"),
     "nine decimals": Row(event("0.000000001"), OK),
     # At 0.001 a unit it is 1e12 USDC; in picos that is far beyond 64 bits.
-    "the most": Row(event("1000000000000000"), OK),
-    "the most, to the last decimal": Row(event('"999999999999999.999999999"'), OK),
+    "the most": Row(event("1000000000000000", escrow_id=..., agreement="rich"), OK),
+    "the most, to the last decimal": Row(
+        event('"999999999999999.999999999"', escrow_id=..., agreement="rich"), OK
+    ),
 }
 
 IDENTITY: dict[str, Row] = {
@@ -211,6 +213,114 @@ TIMES: dict[str, Row] = {
     "the 31st of February": Row(event(time="2026-02-31T00:00:00Z"), "malformed", "time: write"),
 }
 
-ROWS: dict[str, Row] = {**JSON, **NUMBERS, **IDENTITY, **TIMES}
+
+def cloud(raw_data: str | None = None, **changes: object) -> bytes:
+    """A CloudEvent that is accepted, with changes; the data may be put in as they stand."""
+    usual = {
+        "specversion": "1.0",
+        "id": "@id",
+        "source": "/svc",
+        "type": "meterd.usage",
+        "subject": "good",
+        "data": {"meter": "units", "quantity": 1},
+    }
+    fields = {name: value for name, value in {**usual, **changes}.items() if value is not ...}
+    if raw_data is None:
+        return json.dumps(fields).encode()
+    return json.dumps({**fields, "data": "@data"}).replace('"@data"', raw_data).encode()
+
+
+def _data(says: str, raw_data: str | None = None, **changes: object) -> Row:
+    return Row(cloud(raw_data, **changes), "malformed", says)
+
+
+def typed(raw_data: str) -> bytes:
+    """A CloudEvent of a type that the configuration maps to a meter."""
+    return cloud(raw_data, type="completion", subject="typed")
+
+
+def _measured(raw_data: str, says: str) -> Row:
+    return Row(typed(raw_data), "bad_quantity", says)
+
+
+def _model(says: str, **data: object) -> Row:
+    return Row(cloud(type="meterd.genai", subject="models", data=data), "bad_quantity", says)
+
+
+CLOUDEVENTS: dict[str, Row] = {
+    "a CloudEvent": Row(cloud(), OK),
+    "a CloudEvent with attributes of its own": Row(cloud(traceparent="00-1", colour=None), OK),
+    "specversion 0.3": _data('specversion: only "1.0" is known', specversion="0.3"),
+    "specversion 1": _data('specversion: only "1.0" is known', specversion="1"),
+    "a number for a specversion": _data("specversion: it must be a text", specversion=1.0),
+    "a CloudEvent without a type": _data("type: a CloudEvent must say what it is", type=...),
+    "a type that is a list": _data("type: it must be a text, and is a list", type=[]),
+    "a CloudEvent of an unknown type": Row(
+        cloud(type="com.example.unheard"), "unknown_type", "com.example.unheard"
+    ),
+    "a type of 10 KiB": Row(cloud(type="x" * 10_240), "unknown_type", "xxx"),
+    "a type of meterd that is not known": Row(
+        cloud(type="meterd.teapot"), "unknown_type", "meterd.teapot"
+    ),
+    "a CloudEvent without an id": Row(cloud(id=...), "no_id", "the event has no id"),
+    "a CloudEvent without a subject": Row(
+        cloud(subject=...), "unknown_agreement", "names no agreement"
+    ),
+    "a subject that nobody knows": Row(
+        cloud(subject="../admin"), "unknown_agreement", "no agreement for '../admin'"
+    ),
+    "a subject beside another agreement": Row(
+        cloud(agreement="kinds"), "mismatch", "subject and agreement name different agreements"
+    ),
+    "a time of no zone": _data("time: write a time with its zone", time="2026-11-23T12:00:00"),
+    "no data": _data("there is none, and meterd.usage needs it", data=...),
+    "data that are null": _data("data: ", "null"),
+    "data that are a text": _data("data: it must be an object, and is a text", '"x"'),
+    "data that are a list": _data("data: it must be an object, and is a list", "[1]"),
+    "data that are no JSON": Row(cloud("{no: 1}"), "malformed", "no JSON", WHOLE, WHOLE),
+    "data of XML": _data(
+        "text/xml cannot be read; send application/json", datacontenttype="text/xml"
+    ),
+    "data of nothing known": _data("cannot be read", datacontenttype="\u0000"),
+    "base64 that is none": _data("data_base64: no base64", data=..., data_base64="***"),
+    "base64 of what is no JSON": _data("no JSON", data=..., data_base64="bm8ganNvbg=="),
+    "base64 of JSON": Row(
+        # {"meter":"units","quantity":1}
+        cloud(data=..., data_base64="eyJtZXRlciI6InVuaXRzIiwicXVhbnRpdHkiOjF9"),
+        OK,
+    ),
+    "a quantity that is none": Row(
+        cloud('{"meter": "units", "quantity": 1e400}'), "bad_quantity", PLAIN
+    ),
+    "data without a meter": Row(cloud('{"quantity": 1}'), "unknown_meter", "it has units"),
+    "typed data": Row(typed('{"usage": {"total": "1.5"}, "model": "m"}'), OK),
+    "a value that is missing": _measured("{}", "data: there is no $.usage.total"),
+    "a value that is null": _measured('{"usage": {"total": null}}', "there is no $.usage.total"),
+    "a value that is true": _measured('{"usage": {"total": true}}', "$.usage.total is no number"),
+    "a value that is an object": _measured('{"usage": {"total": {}}}', "is no number"),
+    "a value that is a word": _measured('{"usage": {"total": "many"}}', PLAIN),
+    "a value below zero": _measured('{"usage": {"total": -1}}', "greater than 0 | not a plain"),
+    "a value of ten decimals": _measured('{"usage": {"total": 0.0000000001}}', "9 decimals"),
+    "a value with an exponent": _measured('{"usage": {"total": 1e999}}', PLAIN),
+    "typed data without data": Row(
+        cloud(type="completion", subject="typed", data=...), "bad_quantity", "there is no $.usage"
+    ),
+    "data nested too deeply": Row(
+        typed('{"usage": {"total": 1}, "x": ' + "[" * 20 + "]" * 20 + "}"),
+        "malformed",
+        "data: nested more than 16 deep",
+    ),
+    "a dimension that is a list": Row(
+        typed('{"usage": {"total": 1}, "model": ["a", "b"]}'), "malformed", "the dimension model"
+    ),
+    "a call of a model without tokens": _model("neither input_tokens nor output_tokens"),
+    "more from the cache than read": _model(
+        "are part of input_tokens", input_tokens=5, cached_tokens=6
+    ),
+    "tokens below zero": _model("input_tokens: ", input_tokens=-5),
+    "tokens that are a word": _model("output_tokens: not a plain", output_tokens="many"),
+}
+
+ROWS: dict[str, Row] = {**JSON, **NUMBERS, **IDENTITY, **TIMES, **CLOUDEVENTS}
 # The transport's own id of a delivery serves where the event has none.
-NEEDS_ID = frozenset({"no id", "an empty id"})
+NEEDS_ID = frozenset({"no id", "an empty id", "a CloudEvent without an id"})

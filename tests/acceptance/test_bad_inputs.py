@@ -53,6 +53,21 @@ rates = [
 ]
 settle = {{ amount = "100000" }}
 
+[meters.requests]
+event_type = "completion"
+value = "$.usage.total"
+dimensions = {{ model = "$.model" }}
+
+[plans.typed]
+pattern = "pay_per_token"
+rates = [{{ meter = "requests", price = "0.001" }}]
+settle = {{ amount = "1000" }}
+
+[plans.rich]
+pattern = "streaming"
+rates = [{{ meter = "units", price = "0.001" }}]
+settle = {{ amount = "999999999999999" }}
+
 [plans.dearer]
 pattern = "streaming"
 rates = [{{ meter = "units", price = "0.001" }}]
@@ -104,6 +119,13 @@ port = {mqtt}
 topic = "old/{{escrow_id}}/{{meter}}"
 client_id = "oldtopics"
 """
+AGREEMENTS = [
+    ("lazy", "other"),
+    ("lazy", "closed"),
+    ("kinds", "kinds"),
+    ("typed", "typed"),
+    ("rich", "rich"),
+]
 STREAMS = {"redis": "meterd:usage", "group": "grouped"}
 TOPICS = {"plain": "events/in", "old": "old/in"}
 # What a person must not be asked to understand.
@@ -222,7 +244,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             node.wait_sources()
             escrow = sandbox.lock("1000.00")
             node.bind(escrow, "lazy", "good")
-            for plan, name in (("lazy", "other"), ("lazy", "closed"), ("kinds", "kinds")):
+            for plan, name in AGREEMENTS:
                 node.bind(sandbox.lock("1.00"), plan, name)
             node.bind(sandbox.lock("1000.00"), "dearer", "dearer")
             node.bind(sandbox.lock("1000.00"), "models", "models")

@@ -51,13 +51,13 @@ def test_person_who_plays_a_pattern_sees_its_life_and_a_difference_of_0(pattern:
     assert [text for text in SEEN[pattern] if text not in done.stdout] == []
 
 
-def test_person_who_watches_the_whole_demo_through_crashes_sees_eleven_accounts_agree() -> None:
-    """All seven patterns over three transports, while the daemon is killed, end with 0."""
+def test_person_who_watches_the_whole_demo_through_crashes_sees_all_accounts_agree() -> None:
+    """All seven patterns over six transports, while the daemon is killed, end with 0."""
     words = ("demo", "--crash", "--seconds", "10", "--no-browser")
     done = meterd(*words, seconds=200)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("agrees") == 11
+    assert done.stdout.count("agrees") == 13
     assert done.stdout.splitlines()[-1] == "Difference 0: paid is exactly what was used."
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from meterd.api import agreements, backup, dead_letters, numbers, openapi, releases
 from meterd.api.settings import Scope
+from tests.documents import ROOT
 
 KINDS = {
     "Binding": agreements.Binding,
@@ -92,3 +93,19 @@ async def test_description_names_the_key_where_a_call_takes_one(document):
     assert "422" in paths["/v1/agreements"]["post"]["responses"]
     assert not named("/v1/events", "post")
     assert not named("/v1/agreements", "get")
+
+
+async def test_page_of_the_api_lists_every_call_with_its_scope(document):
+    """docs/api.md is where people look; its last table is the whole of it."""
+    listed = {}
+    for line in (ROOT / "docs" / "api.md").read_text().partition("## Every call")[2].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            listed[cells[0].strip("`")] = cells[1]
+    scopes = {
+        f"{method.upper()} {path}": call.get("x-scope", "-")
+        for path, calls in document[0]["paths"].items()
+        for method, call in calls.items()
+    }
+
+    assert listed == scopes

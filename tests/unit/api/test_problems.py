@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 
 from meterd.errors import InvariantBroken
@@ -100,3 +103,51 @@ async def test_a_broken_invariant_is_fatal_even_on_a_question(world, monkeypatch
 
     assert answer.status == 503
     assert [type(error) for error in world.fatal] == [InvariantBroken]
+
+
+async def raw(world, text: bytes) -> bytes:
+    """What comes back for bytes that no client would send."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(world.base.rpartition(":")[2]))
+    writer.write(text)
+    try:
+        async with asyncio.timeout(10):
+            return await reader.read(10_000)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        (b"SECRET nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nA: SECRET" + b"x" * 20_000 + b"\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: SECRET\r\n\r\n", 400),
+        (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nExpect: SECRET\r\nConnection: close\r\n\r\n",
+            417,
+        ),
+    ],
+)
+async def test_what_is_no_request_is_answered_as_a_problem_too(world, text, status):
+    """Before any room is asked; nothing of what was sent is repeated."""
+    head, _, body = (await raw(world, text)).partition(b"\r\n\r\n")
+    document = json.loads(body)
+
+    assert f" {status} ".encode() in head.splitlines()[0]
+    assert b"application/problem+json" in head
+    assert set(document) == MEMBERS
+    assert document["status"] == status
+    assert b"SECRET" not in body
+
+
+async def test_expectation_of_100_continue_is_met(world):
+    """Clients send it with long bodies."""
+    event = b'{"id": "e-1", "agreement": "esc_1", "meter": "calls", "quantity": 1}'
+    head = (
+        b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(event)
+    )
+    said = await raw(world, head + event)
+
+    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+    assert b'"accepted":1' in said

@@ -71,6 +71,9 @@ def test_unknown_words_of_the_decoder_are_passed_on():
     said = json_flaw(msgspec.ValidationError("Expected `bytes`, got `ext` - at `$.data`"), b"{}")
 
     assert "data: it must be bytes, and is ext" == said
+    said = json_flaw(msgspec.ValidationError("Expected `array | null`, got `str` - at `$.x`"), b"")
+
+    assert "x: it must be a list or null, and is a text" == said
 
 
 def test_what_is_no_event_is_called_by_its_name():
