@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from meterd.core.accounts import Agreement
+from meterd.core.accounts import Agreement, Charged
+from meterd.core.events import EventDecoder
 from meterd.core.ledger import Ledger
 from meterd.core.meters import Aggregation, Meter
+from meterd.core.money import NANOS
 from meterd.core.plans import Pattern, Plan, Version
 from meterd.core.pricing import Model, Rate, RateCard
 from meterd.core.settlement import EscrowStatus
-from tests.unit.core.books import NOW, Till, usage
+from tests.unit.core.books import NOW, SENTINEL, Till, usage
 
 METERS = {
     meter.name: meter
@@ -129,6 +131,17 @@ def test_prices_that_typed_events_bring_add_up_in_a_batch():
     )
 
     assert 2 * 3 + 0.5 == books.books.accounts["a"].accrued
+
+
+def test_part_of_a_typed_event_is_what_it_adds_and_nothing_else():
+    """A sum has no sample and no amount; both are remembered so, to be taken back."""
+    books = till()
+    (event,) = EventDecoder(SENTINEL).decode([answer(words=2, peak=3)])
+    found = books.books.resolve([event], None, "s", 0, NOW)
+    words, peak = books.books.accounts["a"].counters.values()
+
+    key = str(3 * NANOS)
+    assert {0: [Charged(words, 2 * NANOS), Charged(peak, 3 * NANOS, 0, key)]} == found.parts
 
 
 def test_usage_by_its_type_needs_no_envelope():
