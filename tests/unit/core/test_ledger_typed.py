@@ -144,12 +144,39 @@ def test_part_of_a_typed_event_is_what_it_adds_and_nothing_else():
     assert {0: [Charged(words, 2 * NANOS), Charged(peak, 3 * NANOS, 0, key)]} == found.parts
 
 
+def test_counters_are_read_back_with_how_many_of_their_events_fed_another_one_first():
+    """So that an event that fed two of them is still one event of its agreement."""
+    books = till()
+    books.take([answer(words=2, audio=1)])
+    restored = books.restored().accounts["a"]
+
+    assert [0, 1] == [counter.shared for counter in restored.counters.values()]
+    assert 1 == restored.events
+
+
 def test_usage_by_its_type_needs_no_envelope():
     """A bare event may say that it is usage, and have its meter among its data."""
     books = till()
 
     assert [""] == books.verdicts([answer(kind="meterd.usage", meter="words", quantity=2)])
     assert {"words": 2} == counted(books)
+    nobody = usage("y", agreement="", meter="words")
+    assert ["unknown_agreement"] == books.verdicts([nobody]), "its spelling is its agreement's own"
+    books.books._counter = None
+    assert [""] == books.verdicts([usage("z", 2, meter="words")]), "and is remembered"
+
+
+def test_typed_event_is_refused_at_its_own_place_and_belongs_to_its_agreement():
+    """By its index and id; and its content names the agreement, however it was addressed."""
+    books = till()
+    books.take([answer("x", words=2), answer("y", words=2, price=1)])
+    (event,) = EventDecoder(SENTINEL).decode([answer("z", agreement="esc_b", words=1)])
+    found = books.books.resolve([event], None, "s", 0, NOW)
+
+    assert [(1, "y", "bad_price")] == [
+        (rejection.index, rejection.id, rejection.reason) for rejection in books.rejections
+    ]
+    assert ["b"] == [event.agreement for event in found.events]
 
 
 @pytest.mark.parametrize("more", [{}, {"quantity": 7}])
