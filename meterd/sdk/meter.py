@@ -306,7 +306,10 @@ class Meter:
                   the reason `not_sent`, where a lost event is better than a lost customer.
     on_rejected   called on the meter's thread for each event that was not taken for usage; None:
                   it is logged as an error under "meterd.sdk".
-    trusted, tls  see `Place`.
+    trusted       send the token over plain http to another machine: the network is your own.
+    tls           an `ssl.SSLContext`, for an authority of your own; None: the system's.
+    secret        the key that each request is signed with, "whsec_…", where meterd knows this
+                  producer by it.
 
     Raises `BadUsage` for options that cannot be meant. A child made by fork opens its own on its
     first event.
@@ -330,8 +333,9 @@ class Meter:
         on_rejected: OnRejected | None = None,
         trusted: bool = False,
         tls: Any = None,
+        secret: str = "",
     ) -> None:
-        self._place = Place(url, token, trusted, tls)
+        self._place = Place(url, token, trusted, tls, secret)
         self._options = _Options(
             source=source,
             spool=None if spool is None else Path(spool),

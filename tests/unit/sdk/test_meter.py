@@ -336,6 +336,8 @@ def test_numbered_events_count_up_across_lives(meterd, tmp_path):
         {"url": "unix:relative"},
         {"url": "http://meterd.example", "token": "secret"},
         {"token": "two words"},
+        {"secret": "c2VjcmV0"},
+        {"secret": "whsec_!"},
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_at_once(options):
