@@ -167,13 +167,18 @@ class _Open:
     def _run(self) -> None:
         old = self.spool is not None and self.spool.recovered > 0
         while self._gather():
-            with self.lock:
-                batch = self.queue.peek(self._part, self.options.batch_bytes)
-            if batch and old:
-                _warn_of_age(batch[0])
-            old = False
-            if batch:
-                self._send(batch)
+            try:
+                with self.lock:
+                    batch = self.queue.peek(self._part, self.options.batch_bytes)
+                if batch and old:
+                    _warn_of_age(batch[0])
+                old = False
+                if batch:
+                    self._send(batch)
+            except Exception as error:
+                # A thread that ended here would keep every later event for ever.
+                log.exception("the meter failed by a mistake of its own, and goes on")
+                self._failed(str(error), None, b"{}")
         self._wire.close()
 
     def _gather(self) -> bool:

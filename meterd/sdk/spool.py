@@ -44,6 +44,7 @@ Fsync = Literal["never", "second", "each"]
 
 SEGMENT_BYTES = 4 * 1024 * 1024
 SUFFIX = ".spool"
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 READ_BYTES = 256 * 1024  # More than a line can have.
 _NUMBER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -144,6 +145,7 @@ class Spool:
         self.recovered = 0  # Events that an earlier process has left.
         self._bytes_max = bytes_max
         self._fsync = fsync
+        self._begun = False  # A segment whose name is not flushed yet.
         self._segments: deque[_Segment] = deque()
         # What was shown last: of which segment, where each event ends and how long its line is.
         self._shown: tuple[_Segment, list[tuple[int, int]]] | None = None
@@ -188,7 +190,9 @@ class Spool:
             path = self.directory / f"{number + 1:012d}-{secrets.token_hex(4)}{SUFFIX}"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             if _locked(fd):
-                self._flush_directory()
+                if self._fsync == "each":
+                    self._flush_directory()
+                self._begun = True
                 return _Segment(path, fd)
             os.close(fd)  # Somebody who was looking for what was left has it; it is empty.
 
@@ -205,9 +209,7 @@ class Spool:
         segment.size += len(line)
 
     def _flush_directory(self) -> None:
-        if self._fsync == "never":
-            return
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(self.directory, DIRECTORY)
         try:
             os.fsync(fd)
         finally:
@@ -218,7 +220,11 @@ class Spool:
         dirty = [segment for segment in self._segments if segment.dirty and segment.left]
         for segment in dirty:
             segment.dirty = False
-        return [os.dup(segment.fd) for segment in dirty]
+        copies = [os.dup(segment.fd) for segment in dirty]
+        if copies and self._begun:  # Or a new file could be lost with all that is in it.
+            self._begun = False
+            copies.append(os.open(self.directory, DIRECTORY))
+        return copies
 
     # -- Sending -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -307,6 +308,45 @@ def test_old_events_in_a_spool_are_warned_of(meterd, tmp_path, caplog):
 
     assert "80 hours old" in caplog.text
     assert len(meterd.events) == 1
+
+
+@pytest.mark.parametrize(("fsync", "flushed"), [("never", 0), ("second", 2), ("each", 4)])
+def test_what_waits_is_flushed_to_the_disk_as_its_owner_chose(
+    monkeypatch, tmp_path, fsync, flushed
+):
+    """Each event, or a file and its directory once a while, whatever becomes of meterd."""
+    real, done = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(fd), real(fd)))
+    monkeypatch.setattr(meters, "FLUSH_EVERY_S", 0.2)
+    meter = Meter(nowhere(), spool=tmp_path, fsync=fsync)
+    for _ in range(3):
+        meter.emit("esc_1", "calls")
+    if fsync == "second":
+        deadline = time.monotonic() + 20
+        while len(done) < flushed and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert len(done) == flushed
+    meter.close(0)
+
+
+def test_meter_goes_on_after_a_mistake_of_its_own(meterd, monkeypatch, caplog):
+    """It says so, and sends the events all the same."""
+    real, broken = delivery.read, [True]
+
+    def read(*args):
+        if broken:
+            broken.pop()
+            raise RuntimeError("a mistake")
+        return real(*args)
+
+    monkeypatch.setattr(delivery, "read", read)
+    with Meter(meterd.url) as meter:
+        made = meter.emit("esc_1", "calls")
+        assert meter.flush()
+
+    assert meterd.order == [made]
+    assert "a mistake" in caplog.text
 
 
 def test_numbered_events_count_up_across_lives(meterd, tmp_path):
