@@ -464,6 +464,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
         try:
             facts = SimpleNamespace(
                 batch=_ignore,
+                committed=_ignore,
                 released=_ignore,
                 gate=_ignore,
                 alarm=_ignore,
