@@ -220,14 +220,9 @@ class _Open:
         with self.lock:
             if self._ended.is_set():
                 return
-            try:
-                if self.numbers is not None:
-                    self.numbers.keep()
-                self.queue.done(count)
-            except OSError as error:  # What was taken is sent again, and is a duplicate.
-                log.error("the spool cannot be written; what was sent may be sent again: %s", error)
-                self.changed.wait(delivery.PAUSE_MAX_S)
-                return
+            if self.numbers is not None:
+                self.numbers.keep()  # Where it fails, what was taken is sent again: a duplicate.
+            self.queue.done(count)
             self.over += count
             self._part = min(self.options.batch_events, self._part * 2)
             self.changed.notify_all()

@@ -20,7 +20,6 @@ warning. One that is wrong in the middle is not: the file is kept beside, under 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import logging
@@ -254,10 +253,15 @@ class Spool:
         segment.gone += count
         self.pending -= count
         self.pending_bytes -= sum(length for _, length in ends[:count])
+        try:
+            self._note(segment)
+        except OSError as error:
+            log.warning("%s: what was sent is sent again after a crash: %s", segment.path, error)
+
+    def _note(self, segment: _Segment) -> None:
+        """Write down how much of a segment is done."""
         if segment.left:
-            # Where this fails, what is done is sent once more after a crash: a duplicate.
-            with contextlib.suppress(OSError):
-                self._write(segment, _line(b"A", b"%d" % segment.gone))
+            self._write(segment, _line(b"A", b"%d" % segment.gone))
         elif segment is self._segments[-1] and not segment.recovered:
             os.ftruncate(segment.fd, 0)
             segment.size = segment.at = segment.events = segment.gone = 0
@@ -266,8 +270,10 @@ class Spool:
             self._remove(segment)
 
     def _remove(self, segment: _Segment) -> None:
-        segment.path.unlink(missing_ok=True)
-        os.close(segment.fd)
+        try:
+            segment.path.unlink(missing_ok=True)  # Still locked: nobody takes it over.
+        finally:
+            os.close(segment.fd)
 
     def close(self) -> None:
         """Let go of all segments; the empty ones are removed."""

@@ -499,3 +499,38 @@ def test_events_of_the_memory_come_back_whole_when_the_program_ends(caplog):
     meters._close_all()
 
     assert made in caplog.text
+
+
+def test_second_process_under_one_numbered_source_is_refused_and_holds_nothing(meterd, tmp_path):
+    """It would give the same number twice."""
+    options = {"source": "svc-a", "spool": tmp_path, "numbered": True}
+    with Meter(meterd.url, **options) as meter:
+        with pytest.raises(NotKept, match="give each its source"):
+            Meter(meterd.url, **options).open()
+        meter.emit("esc_1", "calls")
+        assert meter.flush()
+
+    assert len(meterd.events) == 1
+
+
+def test_disk_that_fails_after_the_answer_is_no_loss_and_no_charge(
+    meterd, tmp_path, monkeypatch, caplog
+):
+    """What cannot be noted is sent again after a crash, and is a duplicate."""
+    meter = Meter(meterd.url, spool=tmp_path, batch_events=1)
+    real = os.ftruncate
+
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    ids = [meter.emit("esc_1", "calls") for _ in range(3)]
+    assert meter.flush()
+    monkeypatch.setattr(os, "ftruncate", real)
+    ids.append(meter.emit("esc_1", "calls"))
+    assert meter.flush()
+    meter.close()
+
+    assert meterd.order == ids
+    assert "sent again after a crash" in caplog.text
+    assert list(tmp_path.iterdir()) == []
