@@ -101,6 +101,7 @@ REFILL_LOOK_S = 2.0
 # The source of usage that captures a hold by its id.
 HOLD_SOURCE = "hold"
 RACING = "velocity_exceeded"
+FROZEN = "escrow_frozen"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
 _TOO_OLD = "is older than the dedupe window, and its number does not tell whether it is new"
@@ -999,7 +1000,8 @@ class Bookkeeper:
         return [escrow for account in racing for escrow in self._stop(account)]
 
     def _stops(self, stopped: Sequence[Escrow]) -> tuple[JournalEntry, ...]:
-        return tuple(self._journal("meterd", RACING, one.id, one.reason) for one in stopped)
+        """Journal them as the freeze that they are: whoever checks the books looks for it."""
+        return tuple(self._journal("meterd", FROZEN, one.id, one.reason) for one in stopped)
 
     def _tell_stopped(self, stopped: Sequence[Escrow]) -> None:
         for escrow in stopped:
