@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 from meterd.sdk import AsyncGate, AsyncMeter, Gate, Meter, NotAnswered
-from tests.acceptance.stage import Node, configuration
+from tests.acceptance.stage import PLANS, Node, configuration
 from tests.processes import Sandbox
 
+# However much is told while a slow machine starts a daemon, the escrow outlasts it.
+CHEAP = PLANS.replace('"0.001"', '"0.000000001"')
 SEEN = ("missing_events", "incomplete_producers")
 # Tells quantities that are its own numbers, and writes each down once `emit` has returned.
 PROGRAM = """
@@ -42,7 +44,7 @@ os.write(1, b"end\\n")
 def node(tmp_path: Path) -> Iterator[Node]:
     with (
         Sandbox(tmp_path / "sandbox") as sandbox,
-        Node(tmp_path, configuration(sandbox)) as running,
+        Node(tmp_path, configuration(sandbox, plans=CHEAP)) as running,
     ):
         running.wait_ready()
         running.bind(sandbox.lock("900.00"), "lazy", "esc")
