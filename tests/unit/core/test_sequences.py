@@ -626,6 +626,7 @@ def test_person_throws_away_what_is_missing():
     books.count(6)
     assert ((1, 6),) == books.sequences.discard("p", 5, T0 - HOUR, T0).intervals
     later(books, 1, 3)
+    assert books.sequences.discard("p", 2, books.it.since - 1, T0) is None
     assert books.sequences.discard("p", 2, T0 + 2 * MIN, T0) is None
     assert [(1, 1), (3, 3)] == books.runs
 
