@@ -567,7 +567,8 @@ class Daemon:
     @contextlib.asynccontextmanager
     async def _http(self) -> AsyncIterator[None]:
         """Serve the API while running; requests under way finish."""
-        overview = api.Overview(self._bookkeeper)
+        per_agreement = self._settings.metrics.per_agreement
+        overview = api.Overview(self._bookkeeper, per_agreement=per_agreement)
         self._metrics.watch(
             Reads(
                 figures=overview.latest,

@@ -101,6 +101,7 @@ REFILL_LOOK_S = 2.0
 # The source of usage that captures a hold by its id.
 HOLD_SOURCE = "hold"
 RACING = "velocity_exceeded"
+FROZEN = "escrow_frozen"
 # No source is named so: control characters are refused. Marks an event that was taken back.
 _VOIDED = "\x01voided"
 _TOO_OLD = "is older than the dedupe window, and its number does not tell whether it is new"
@@ -232,11 +233,17 @@ class Facts(Protocol):
     def batch(self, source: str, entry: Entry, sums: Mapping[str, int]) -> None:
         """A batch was applied; `sums` is the quantity for each meter, in nanos."""
 
+    def committed(self, seconds: float) -> None:
+        """A batch is durable, so long after its first event happened."""
+
     def released(self, release: Release, seconds: float) -> None:
         """A release came to an outcome."""
 
-    def gate(self, *, allowed: bool) -> None:
-        """The gate has answered."""
+    def paid(self, seconds: float) -> None:
+        """Usage was paid, so long after the oldest of it came."""
+
+    def gate(self, *, allowed: bool, seconds: float) -> None:
+        """The gate has answered, so long after it was asked."""
 
     def alarm(self, action: str) -> None:
         """Something happened that a person must know."""
@@ -398,7 +405,8 @@ class Bookkeeper:
             producers_gone=noted.gone,
             numbers_from=noted.numbers_from,
         )
-        durable = self._commit(change, received)
+        happened = None if replaces is not None else _happened(resolved, entry, now)
+        durable = self._commit(change, received, happened)
         # 5. Tell.
         self._facts.batch(source, entry, _by_meter(entry))
         if self.watcher is not None:
@@ -618,13 +626,14 @@ class Bookkeeper:
         The verdict and the hold are one step; the hold is durable when this returns. `hold_id`: its
         id, which no live hold has; None: a new one is made.
         """
+        asked = self.clock.mono()
         now = self.clock.wall()
         self._expire_holds(now)
         verdict = self.holds.judge(self.ledger, account, ask, now)
-        self._facts.gate(allowed=verdict.allowed)
         if not verdict.allowed:
             self._look_for_refill(account)
         if hold_ms is None or not verdict.allowed:
+            self._facts.gate(allowed=verdict.allowed, seconds=self.clock.mono() - asked)
             return verdict, None
         hold = Hold(
             id=hold_id or f"hold_{secrets.token_hex(12)}",
@@ -638,6 +647,7 @@ class Bookkeeper:
         )
         self.holds.add(hold)
         await self._durable(Change(holds=(hold,)))
+        self._facts.gate(allowed=True, seconds=self.clock.mono() - asked)
         return verdict, hold
 
     def live_hold(self, hold_id: str) -> Hold | None:
@@ -812,7 +822,10 @@ class Bookkeeper:
                 return
             yield counter, found[0]
 
-    def _commit(self, change: Change, deliveries: int = 0) -> asyncio.Future[None]:
+    def _commit(
+        self, change: Change, deliveries: int = 0, happened: int | None = None
+    ) -> asyncio.Future[None]:
+        """Hand a change to the store. `happened`: when the first event of the batch did."""
         begun = BEGUN.get()
         if begun is not None and not begun.written:
             begun.written = True
@@ -821,8 +834,10 @@ class Bookkeeper:
         if deliveries:
             self.pending += deliveries
 
-            def settled(_: asyncio.Future[None]) -> None:
+            def settled(done: asyncio.Future[None]) -> None:
                 self.pending -= deliveries
+                if happened is not None and not done.cancelled() and done.exception() is None:
+                    self._facts.committed((self.clock.wall() - happened) / 1000)
 
             future.add_done_callback(settled)
         return future
@@ -985,7 +1000,8 @@ class Bookkeeper:
         return [escrow for account in racing for escrow in self._stop(account)]
 
     def _stops(self, stopped: Sequence[Escrow]) -> tuple[JournalEntry, ...]:
-        return tuple(self._journal("meterd", RACING, one.id, one.reason) for one in stopped)
+        """Journal them as the freeze that they are: whoever checks the books looks for it."""
+        return tuple(self._journal("meterd", FROZEN, one.id, one.reason) for one in stopped)
 
     def _tell_stopped(self, stopped: Sequence[Escrow]) -> None:
         for escrow in stopped:
@@ -1123,6 +1139,7 @@ class Bookkeeper:
             for effect in effects
             if isinstance(effect, Alarm)
         ]
+        since = account.unsettled_since
         change = Change(
             agreements=self._interval(account, after, effects),
             escrows=() if stored(before) == stored(after) else (after,),
@@ -1132,7 +1149,7 @@ class Bookkeeper:
         )
         if change != Change():
             await self._durable(change)
-        self._tell(escrow, effects)
+        self._tell(escrow, effects, since)
         if after.word != before.word:
             self._moved(after)
         asked = self._asked.get(escrow)
@@ -1217,7 +1234,8 @@ class Bookkeeper:
         row = self.ledger.settled_from(account, self.clock.wall())
         return () if row is None else (row,)
 
-    def _tell(self, escrow: str, effects: Effects) -> None:
+    def _tell(self, escrow: str, effects: Effects, since: int) -> None:
+        """Tell what a step has done. `since`: when the oldest usage came that was unpaid before."""
         for effect in effects:
             if isinstance(effect, Alarm):
                 self._alarm(escrow, effect)
@@ -1225,6 +1243,8 @@ class Bookkeeper:
                 release = effect.release
                 seconds = (self.clock.wall() - release.created_at) / 1000
                 self._facts.released(release, seconds)
+                if since and release.status is ReleaseStatus.CONFIRMED:
+                    self._facts.paid((self.clock.wall() - since) / 1000)
                 if self.watcher is not None:
                     self.watcher.released(release)
 
@@ -1439,6 +1459,15 @@ def _with_address(index: int, event: Decoded, deliveries: Deliveries, *, fills: 
 def _part_id(event_id: str, number: int) -> str:
     """Under which id the parts of an event are found; no event has those behind the first."""
     return f"{event_id}{_PART}{number}" if number else event_id
+
+
+def _happened(resolved: ResolvedBatch, entry: Entry, now: int) -> int | None:
+    """When the first new event of a batch happened, by its own clock, or else came; None: none."""
+    if not entry.accepted:
+        return None
+    place = 0 if entry.fresh is None else entry.fresh.index(True)
+    at = time_of(resolved.events[place])
+    return now if at is None else at
 
 
 def _by_meter(entry: Entry) -> dict[str, int]:

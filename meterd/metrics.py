@@ -9,7 +9,7 @@ quantities become floats in `_usdc` and `_units`, for display, and nowhere else 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -26,6 +26,7 @@ from meterd.core.money import MICROS, NANOS
 from meterd.core.settlement import EscrowStatus, Release, ReleaseStatus
 
 OTHER = "other"
+OTHERS = "(others)"  # No id of an agreement is written so.
 HTTP_SOURCE, OTLP_SOURCE = "http", "otlp"  # They need no entry in the configuration.
 OTLP_SIGNALS = ("traces", "logs")
 RESULTS = ("accepted", "duplicate", "rejected")
@@ -42,6 +43,7 @@ ALARMS = (
     "escrow_paused",
     "escrow_resumed",
     "foreign_release_credited",
+    "key_refused",
     "opened_twice",
     "opening_absent",
     "opening_failed",
@@ -67,6 +69,10 @@ BATCH_BUCKETS = (1, 10, 100, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 100_000)
 CHANGE_BUCKETS = (1, 2, 5, 10, 25, 50, 100, 500, 1_000)
 CALL_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 RELEASE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+# From a producer's clock to the disk, and from usage to its payment: hours, where a part was away.
+EVENT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0)
+PAID_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0)
+GATE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 REQUEST_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
@@ -88,6 +94,38 @@ class SourceState(Protocol):
     @property
     def unacked(self) -> int:
         """Deliveries read and not yet acked."""
+
+
+class AgreementFigures(Protocol):
+    """What the metrics read of one agreement, in micros unless it says otherwise."""
+
+    @property
+    def agreement(self) -> str:
+        """Its id; "": all those that have no series of their own."""
+
+    @property
+    def accrued(self) -> Fraction:
+        """Exact USDC."""
+
+    @property
+    def settled(self) -> int:
+        """Released by meterd, or accepted as payment."""
+
+    @property
+    def unsettled(self) -> int:
+        """Owed and not paid."""
+
+    @property
+    def headroom(self) -> int:
+        """What the payer can still use."""
+
+    @property
+    def in_doubt(self) -> int:
+        """Amounts of releases in doubt."""
+
+    @property
+    def uncollectible(self) -> int:
+        """Used beyond what is left."""
 
 
 class Figures(Protocol):
@@ -134,8 +172,20 @@ class Figures(Protocol):
         """Age of the oldest usage that is due and not paid."""
 
     @property
+    def deadline_ms(self) -> int | None:
+        """Until the nearest deadline of an escrow with usage to pay; None: there is none."""
+
+    @property
+    def low(self) -> int:
+        """Agreements with less than a tenth of their deposit left."""
+
+    @property
     def states(self) -> Mapping[str, int]:
         """Agreements by state."""
+
+    @property
+    def by_agreement(self) -> Sequence[AgreementFigures]:
+        """Each agreement's own, where the configuration asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +279,22 @@ class Metrics:
             registry=registry,
         )
         self._gate = {allowed: gate.labels(str(allowed).lower()) for allowed in (True, False)}
+        self._gate_seconds = Histogram(
+            "meterd_gate_seconds",
+            "From that question to its answer, a hold's commit included.",
+            buckets=GATE_BUCKETS,
+            registry=registry,
+        )
         self._release_seconds = Histogram(
             "meterd_release_seconds",
             "From a release's intention to its confirmation.",
             buckets=RELEASE_BUCKETS,
+            registry=registry,
+        )
+        self._event_to_release = Histogram(
+            "meterd_event_to_release_seconds",
+            "From the oldest usage that a confirmed release pays, as it arrived, to that moment.",
+            buckets=PAID_BUCKETS,
             registry=registry,
         )
 
@@ -286,6 +348,12 @@ class Metrics:
             buckets=CHANGE_BUCKETS,
             registry=registry,
         )
+        self._event_to_commit = Histogram(
+            "meterd_event_to_commit_seconds",
+            "From an event's own time, or else its arrival, to the disk; one of each batch.",
+            buckets=EVENT_BUCKETS,
+            registry=registry,
+        )
         alarms = Counter(
             "meterd_alarms",
             "What a person must know, by the action that the log names.",
@@ -335,6 +403,10 @@ class Metrics:
         for meter, nanos in sums.items():
             self._usage.get(meter, self._usage[OTHER]).inc(_units(nanos))
 
+    def committed(self, seconds: float) -> None:
+        """Note that a batch is on the disk; `seconds` since its first event happened."""
+        self._event_to_commit.observe(max(0.0, seconds))
+
     def released(self, release: Release, seconds: float) -> None:
         """Count what a release came to; `seconds` since it was intended."""
         counter = self._releases.get(release.status.value)
@@ -345,9 +417,14 @@ class Metrics:
             self.last_release_at = _wall_ms()
             self._release_seconds.observe(max(0.0, seconds))
 
-    def gate(self, *, allowed: bool) -> None:
-        """Count an answer of the gate."""
+    def paid(self, seconds: float) -> None:
+        """Note that usage was paid; `seconds` since the oldest of it came."""
+        self._event_to_release.observe(max(0.0, seconds))
+
+    def gate(self, *, allowed: bool, seconds: float) -> None:
+        """Count an answer of the gate; `seconds` since it was asked."""
         self._gate[allowed].inc()
+        self._gate_seconds.observe(max(0.0, seconds))
 
     def alarm(self, action: str) -> None:
         """Count something that a person must know."""
@@ -409,6 +486,8 @@ class _AtScrape(Collector):
         figures = self._reads.figures()
         yield from _money(figures)
         yield from _escrows(figures)
+        if figures.by_agreement:
+            yield from _agreements(figures.by_agreement)
         yield from _sources(self._reads.sources())
         yield _gauge("holds_usdc", "Set aside for work under way.", _usdc(self._reads.holds()))
         yield _gauge("dead_letters", "Rejected deliveries kept.", self._reads.dead_letters())
@@ -441,6 +520,11 @@ def _escrows(figures: Figures) -> Iterator[Metric]:
     yield _gauge(
         "escrows_exhausted", "Escrows with nothing left to pay with.", states.get("exhausted", 0)
     )
+    yield _gauge(
+        "escrows_low",
+        "Agreements in use with less than a tenth of their deposit left.",
+        figures.low,
+    )
     paused = states.get(EscrowStatus.PAUSED.value, 0)
     yield _gauge("escrows_paused", "Escrows that the service does not let be paid.", paused)
     yield _gauge("releases_in_doubt", "Releases of unknown outcome.", figures.releases_in_doubt)
@@ -454,6 +538,41 @@ def _escrows(figures: Figures) -> Iterator[Metric]:
         "Age of the oldest usage that is due and not paid.",
         figures.lag_ms / 1000,
     )
+    left = figures.deadline_ms
+    yield _gauge(
+        "deadline_seconds",
+        "Until the nearest deadline of an escrow with usage to pay; NaN: there is none.",
+        float("nan") if left is None else left / 1000,
+    )
+
+
+def _agreements(each: Sequence[AgreementFigures]) -> Iterator[Metric]:
+    """Each agreement's money, as the families without a label have it in sum."""
+    accrued, released = (
+        CounterMetricFamily(f"meterd_agreement_{name}", text, labels=["agreement"])
+        for name, text in (
+            ("accrued_usdc", "Owed by each agreement for all usage so far."),
+            ("released_usdc", "Paid for each agreement so far."),
+        )
+    )
+    unsettled, headroom, in_doubt, uncollectible = (
+        GaugeMetricFamily(f"meterd_agreement_{name}", text, labels=["agreement"])
+        for name, text in (
+            ("unsettled_usdc", "Earned under each agreement and not yet paid."),
+            ("headroom_usdc", "What each payer can still use."),
+            ("in_doubt_usdc", "May or may not have been paid for each agreement."),
+            ("uncollectible_usdc", "Used under each agreement beyond what is left."),
+        )
+    )
+    for one in each:
+        labels = [one.agreement or OTHERS]
+        accrued.add_metric(labels, float(one.accrued))
+        released.add_metric(labels, _usdc(one.settled))
+        unsettled.add_metric(labels, _usdc(one.unsettled))
+        headroom.add_metric(labels, _usdc(one.headroom))
+        in_doubt.add_metric(labels, _usdc(one.in_doubt))
+        uncollectible.add_metric(labels, _usdc(one.uncollectible))
+    yield from (accrued, released, unsettled, headroom, in_doubt, uncollectible)
 
 
 def _sources(states: Iterable[SourceState]) -> Iterator[Metric]:

@@ -364,6 +364,7 @@ class Settler:
         """
         now = self._clock.mono()
         self._key_reads = reads
+        self._bookkeeper.alarm("key_refused")  # Each time: it is over when none comes any more.
         if now >= self._key_refused_until:
             log.error(
                 "The escrow service refuses the key; nothing is released until it is put right. "

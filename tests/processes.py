@@ -162,9 +162,9 @@ class Sandbox(Process):
         self.wait_ready()
         return self
 
-    def lock(self, amount: str, memo: str = "") -> str:
+    def lock(self, amount: str, memo: str = "", **more: object) -> str:
         """Lock an escrow for the provider; its id."""
-        body = {"to_agent_id": "agent_provider", "amount": amount, "memo": memo}
+        body = {"to_agent_id": "agent_provider", "amount": amount, "memo": memo, **more}
         return str(call("POST", f"{self.api}/escrow", body, PAYER_KEY)["escrow_id"])
 
     def status(self, escrow: str) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import typer
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from meterd import config
-from meterd.api.overview import Figures
+from meterd.api.overview import AgreementFigures, Figures
 from meterd.cli.main import tree
 from meterd.config.environment import RESERVED, _names
 from meterd.config.settings import Settings, Table
@@ -31,7 +33,7 @@ each_document = pytest.mark.parametrize("document", ALL, ids=lambda path: path.n
 # Names with a dot that end so are files and no keys.
 FILES = {"db", "key", "lock", "py", "reserve", "toml"}
 # Types of events, and the attributes of OpenTelemetry that are read.
-NO_KEYS = {*SPECIAL_TYPES, USAGE_TYPE, GENAI_TYPE, genai.EVENT, *genai.WANTED}
+NO_KEYS = {"meterd.sdk", *SPECIAL_TYPES, USAGE_TYPE, GENAI_TYPE, genai.EVENT, *genai.WANTED}
 
 
 # -- Keys and defaults -----------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_the_readme_names_keys_of_prices_and_thresholds_that_exist(table: str) -
 def test_the_readme_names_the_patterns_that_work() -> None:
     """Exactly those that the configuration takes."""
     said = prose(DOCUMENTS[0]).partition("## What works today")[2].partition("##")[0]
-    before, _, after = said.partition("are not in this version")
+    before, _, after = said.partition("is not in this version")
     named = {pattern.value for pattern in Pattern if f"`{pattern.value}`" in before}
 
     assert named == set(Pattern)
@@ -278,16 +280,46 @@ def test_the_page_of_guarantees_has_a_proof_for_every_promise() -> None:
 # -- Metrics, output, links ------------------------------------------------------------------------
 
 
+def families() -> dict[str, tuple[str, set[str], str]]:
+    """Every family by its name: its type, its labels and its help text."""
+    metrics = Metrics(CollectorRegistry(), meters=["tokens"], sources=["redis"])
+    source = SourceState("redis", "redis", "")
+    one = AgreementFigures("customer-1", Fraction(0), 0, 0, 0, 0, 0)
+    figures = Figures(by_agreement=(one,))
+    metrics.watch(Reads(lambda: figures, lambda: [source], lambda: 0, lambda: 0, lambda: 0))
+    found = text_string_to_metric_families(metrics.exposition("")[0].decode())
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels if label != "le"},
+            family.documentation,
+        )
+        for family in found
+        if not family.name.endswith("_created")
+    }
+
+
 @each_document
 def test_every_metric_that_a_document_names_exists(document: Path) -> None:
     """By the name that a scraper sees."""
-    metrics = Metrics(CollectorRegistry(), meters=["tokens"], sources=["redis"])
-    source = SourceState("redis", "redis", "")
-    metrics.watch(Reads(Figures, lambda: [source], lambda: 0, lambda: 0, lambda: 0))
-    seen = set(re.findall(r"^(\w+)", metrics.exposition("")[0].decode(), re.MULTILINE))
     named = {word for word in code_words(document) if re.fullmatch(r"meterd_\w+", word)}
 
-    assert named <= seen
+    assert named <= families().keys()
+
+
+def test_the_table_of_metrics_is_that_of_the_program() -> None:
+    """Each family once, with its type, its labels and its help text."""
+    rows = re.findall(
+        r"^\| `(meterd_\w+)` \| (\w+) \| (.*?) \| (.*) \|$",
+        (ROOT / "docs" / "metrics.md").read_text(),
+        re.MULTILINE,
+    )
+    table = {
+        name: (kind, set(re.findall(r"\w+", labels)), text) for name, kind, labels, text in rows
+    }
+
+    assert len(table) == len(rows)
+    assert table == families()
 
 
 def test_the_readme_shows_what_the_demo_prints() -> None:

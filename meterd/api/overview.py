@@ -28,6 +28,8 @@ from meterd.core.settlement import UNKNOWN_OUTCOME, Escrow, EscrowStatus
 SLICE = 500  # Agreements between two breaths of the loop: about a millisecond.
 AGE_MAX_S = 1.0
 SHARE = 20  # A pass waits for 20 times what the last one took: it costs a twentieth at most.
+AGREEMENTS_MAX = 1_000  # With figures of their own, where the configuration asks for them.
+LOW = 10  # Less than a tenth of the deposit is left.
 ATTENTION_MAX = 20  # Of each kind. Whoever has more has one cause, not twenty.
 
 
@@ -123,6 +125,19 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class AgreementFigures:
+    """One agreement's part of the figures, in micros unless it says otherwise."""
+
+    agreement: str  # "": all those that are not shown by themselves.
+    accrued: Fraction  # Exact USDC.
+    settled: int
+    unsettled: int
+    headroom: int
+    in_doubt: int
+    uncollectible: int
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """Sums over all agreements, in micros unless they say otherwise."""
 
@@ -141,7 +156,10 @@ class Figures:
     releases_in_doubt: int = 0
     releases_escalated: int = 0  # Of those in doubt: they wait for a person.
     lag_ms: int = 0  # Age of the oldest usage that is due and not paid.
+    deadline_ms: int | None = None  # Until the nearest one of an escrow with usage to pay.
+    low: int = 0  # Active ones with less than a tenth of their deposit left.
     states: dict[str, int] = field(default_factory=dict)
+    by_agreement: tuple[AgreementFigures, ...] = ()  # The first ones, and the sum of the others.
     frozen: tuple[Attention, ...] = ()
     doubtful: tuple[Attention, ...] = ()
     exhausted: tuple[Attention, ...] = ()
@@ -151,8 +169,13 @@ class Figures:
 class _Pass:
     """The sums of one pass, while it is made."""
 
-    def __init__(self, bookkeeper: Bookkeeper, now: int) -> None:
+    def __init__(self, bookkeeper: Bookkeeper, now: int, each_max: int) -> None:
         self._bookkeeper = bookkeeper
+        self._each_max = each_max
+        self._each: list[AgreementFigures] = []
+        self._quantum = bookkeeper.rules.quantum
+        self._deadline: int | None = None  # Wall ms.
+        self._low = 0
         self._ledger = bookkeeper.ledger
         self._escrows = bookkeeper.ledger.escrows
         self._now = now
@@ -174,7 +197,8 @@ class _Pass:
         """
         escrows, numerators, states = self._escrows, self._numerators, self._states
         active, closed = EscrowStatus.ACTIVE, EscrowStatus.CLOSED
-        released_sum = settled_sum = unsettled_sum = headroom_sum = 0
+        released_sum = settled_sum = unsettled_sum = headroom_sum = low_sum = 0
+        self._add_each(accounts)
         for account in accounts:
             if len(account.agreement.escrows) > 1:
                 self._add_one(account)
@@ -201,6 +225,7 @@ class _Pass:
                 headroom = escrow.remaining - unsettled
                 if headroom >= 0:
                     headroom_sum += headroom
+                    low_sum += word == "active" and headroom * LOW < escrow.total
                 else:
                     self._uncollectible -= headroom
                     word = EXHAUSTED if word == "active" else word
@@ -214,6 +239,7 @@ class _Pass:
         self._settled += settled_sum
         self._unsettled += unsettled_sum
         self._headroom += headroom_sum
+        self._low += low_sum
 
     def _add_one(self, account: Account) -> None:
         """Add an agreement with several escrows: there are few of these."""
@@ -227,6 +253,8 @@ class _Pass:
         speaker = spokesman(self._ledger, account)
         word = state_word(speaker, money)
         self._states[word] = self._states.get(word, 0) + 1
+        deposit = max(escrow.total for escrow in self._ledger.escrows_of(account))
+        self._low += word == "active" and (money.headroom or 0) * LOW < deposit
         for escrow in self._ledger.escrows_of(account):
             self._settled += escrow.settled + escrow.credited
             unsettled = escrow.unsettled(self._ledger.owed_on(account, escrow))
@@ -239,6 +267,39 @@ class _Pass:
                 or (own in _ATTENTION and (escrow is speaker or own == EscrowStatus.FROZEN.value))
             ):
                 self._look_at_trouble(account, escrow, own, unsettled)
+
+    def _add_each(self, accounts: Sequence[Account]) -> None:
+        """Note the figures of single agreements, as far as these are shown; mostly none is."""
+        for account in accounts[: self._each_max - len(self._each)]:
+            money = balance(self._ledger, account)
+            escrows = self._ledger.escrows_of(account)
+            self._each.append(
+                AgreementFigures(
+                    account.agreement.id,
+                    account.accrued,
+                    sum(escrow.settled + escrow.credited for escrow in escrows),
+                    money.unsettled,
+                    max(0, money.headroom or 0),
+                    money.in_doubt,
+                    money.uncollectible,
+                )
+            )
+
+    def _others(self, accrued: Fraction) -> tuple[AgreementFigures, ...]:
+        """Sum up the agreements that are not shown by themselves."""
+        shown = self._each
+        if not shown or len(shown) == self._count:
+            return ()
+        rest = AgreementFigures(
+            "",
+            accrued - sum((one.accrued for one in shown), Fraction(0)),
+            self._settled - sum(one.settled for one in shown),
+            self._unsettled - sum(one.unsettled for one in shown),
+            self._headroom - sum(one.headroom for one in shown),
+            self._in_doubt - sum(one.in_doubt for one in shown),
+            self._uncollectible - sum(one.uncollectible for one in shown),
+        )
+        return (rest,)
 
     def _may_be_due(self, account: Account, escrow: Escrow, unsettled: int, age: int) -> bool:
         """Rule out quickly what no threshold can ask for yet; `Bookkeeper.due` says the rest."""
@@ -262,6 +323,11 @@ class _Pass:
 
     def _look_at_age(self, account: Account, escrow: Escrow, unsettled: int) -> None:
         """Usage is late when a threshold asks for it; frozen escrows are counted apart."""
+        deadline = escrow.deadline
+        if deadline is not None and (self._deadline is None or deadline < self._deadline):
+            closed = escrow.status is EscrowStatus.CLOSED
+            if not closed and min(unsettled, escrow.remaining) >= self._quantum:
+                self._deadline = deadline
         age = self._now - account.unsettled_since
         if age <= self._lag or escrow.status in _NEVER_LATE:
             return
@@ -321,6 +387,9 @@ class _Pass:
             releases_in_doubt=self._doubts,
             releases_escalated=self._escalated,
             lag_ms=self._lag,
+            deadline_ms=None if self._deadline is None else max(0, self._deadline - self._now),
+            low=self._low,
+            by_agreement=(*self._each, *self._others(accrued)),
             states=self._states,
             frozen=tuple(self._attention.get(EscrowStatus.FROZEN.value, ())),
             doubtful=tuple(self._attention.get("in_doubt", ())),
@@ -336,8 +405,9 @@ _ATTENTION = frozenset({advice.FROZEN, advice.PAUSED, advice.ADOPTING, EXHAUSTED
 class Overview:
     """Keeps the figures for a second, and the agreements' ids in order for paging."""
 
-    def __init__(self, bookkeeper: Bookkeeper) -> None:
+    def __init__(self, bookkeeper: Bookkeeper, *, per_agreement: bool = False) -> None:
         self._bookkeeper = bookkeeper
+        self._each_max = AGREEMENTS_MAX if per_agreement else 0
         self._figures = Figures()
         self._made_mono: float | None = None
         self._cost_s = 0.0
@@ -359,7 +429,7 @@ class Overview:
             return self._figures
 
     async def _pass(self) -> Figures:
-        sums = _Pass(self._bookkeeper, self._bookkeeper.clock.wall())
+        sums = _Pass(self._bookkeeper, self._bookkeeper.clock.wall(), self._each_max)
         accounts = list(self._bookkeeper.ledger.accounts.values())
         self._cost_s = 0.0
         for start in range(0, len(accounts), SLICE):

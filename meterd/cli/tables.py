@@ -309,10 +309,8 @@ def _sentences(found: Item) -> Iterator[str]:
     if found["dead_letters"]:
         yield f"rejected    {found['dead_letters']:,} dead letters are kept: meterd dead-letters"
     if found.get("missing_events"):
-        yield (
-            f"missing     {found['missing_events']:,} numbered events of"
-            f" {found['incomplete_producers']:,} producers have not come: meterd producers"
-        )
+        missing = found["missing_events"]
+        yield f"missing     {missing:,} numbered events have not come: meterd producers"
 
 
 def _source(source: Item) -> Item:

@@ -43,7 +43,8 @@ DIGITS_MAX = 18  # What fits 64 bits.
 NUMBERS = 10**DIGITS_MAX
 BEGINNINGS = (0, 1)  # CloudEvents' numbering begins with 1, that of many programs with 0.
 # Threads of a producer take number and time one after the other: the first may be overtaken by so
-# much. What is counted for a run, never what is decided by its numbers.
+# much. It is about what is counted for a run, and only for new events: one that comes again may be
+# of the run before. It is never about what the numbers decide.
 OVERTAKEN_MS = 1_000
 # A clock may be so far ahead: what was counted by now has no later time.
 AHEAD_MS = 5 * 60 * 1000
@@ -142,12 +143,12 @@ class Producer:
             return Known.MISSING
         return Known.SEEN if at <= self.latest else Known.UNKNOWN
 
-    def owns(self, number: int, at: int) -> bool:
+    def owns(self, number: int, at: int, *, fresh: bool) -> bool:
         """Whether an event is counted for this run; if not, it is a straggler of one before.
 
         Before the first run there was none that is known, and who comes first may be overtaken.
         """
-        if at >= self.since - OVERTAKEN_MS:
+        if at >= self.since - (OVERTAKEN_MS if fresh else 0):
             return True
         return self.run == 1 and not self.has(number)
 
@@ -170,7 +171,7 @@ class Producer:
 
     def count(self, number: int, at: int, *, fresh: bool) -> None:
         """Count an event, in whatever order they come."""
-        if not self.owns(number, at):
+        if not self.owns(number, at, fresh=fresh):
             return
         if fresh and self.is_begun_anew(number, at):
             self.begin(number, at)
@@ -291,7 +292,9 @@ class Sequences:
     def discard(self, source: str, number: int, at: int, wall: int) -> ProducerRow | None:
         """Wait no more for one event, which a person has thrown away; None: nobody does."""
         producer = self._producers.get(source)
-        if producer is None or not producer.owns(number, at) or number > producer.last:
+        if producer is None or number > producer.last:
+            return None
+        if not producer.owns(number, at, fresh=False):
             return None
         missing = producer.missing
         producer.count(number, at, fresh=False)
@@ -393,7 +396,8 @@ def _count(producer: Producer, events: Sequence[Counted]) -> None:
     numbers = sorted({number for number, _, _ in events})
     times = [at for _, at, _ in events]
     each_once = len(numbers) == len(events)
-    if each_once and numbers[0] > producer.last and producer.owns(numbers[0], min(times)):
+    of_this_run = producer.run == 1 or min(times) >= producer.since
+    if each_once and of_this_run and numbers[0] > producer.last:
         producer.append(numbers)
         producer.latest = max(producer.latest, *times)
         return

@@ -118,7 +118,7 @@ class Hold(_Held):
 class Gate:
     """Asks meterd before a call is served, and waits for the answer. Threads share one.
 
-    url, token, trusted, tls  as for `Meter`; the token's scope is `gate`.
+    url, token, trusted, tls, secret  as for `Meter`; the token's scope is `gate`.
     meter           captures go through this meter, and so survive whatever happens to meterd; None:
                     they are calls, which raise when they fail.
     on_unreachable  what to do where meterd does not answer: "deny" or "allow".
@@ -137,8 +137,9 @@ class Gate:
         connections: int = CONNECTIONS,
         trusted: bool = False,
         tls: Any = None,
+        secret: str = "",
     ) -> None:
-        self._place = Place(url, token, trusted, tls)
+        self._place = Place(url, token, trusted, tls, secret)
         self._meter = meter
         self._policy = _checked(on_unreachable, timeout_s, connections)
         self._timeout_s = timeout_s
@@ -291,8 +292,9 @@ class AsyncGate:
         connections: int = CONNECTIONS,
         trusted: bool = False,
         tls: Any = None,
+        secret: str = "",
     ) -> None:
-        self._place = Place(url, token, trusted, tls)
+        self._place = Place(url, token, trusted, tls, secret)
         self._meter = meter
         self._policy = _checked(on_unreachable, timeout_s, connections)
         self._timeout_s = timeout_s
@@ -388,7 +390,7 @@ class AsyncGate:
                 async with self._opened().post(
                     self._place.base + path,
                     data=body,
-                    headers=self._place.headers(headers),
+                    headers=self._place.headers(body, headers),
                     allow_redirects=False,
                 ) as response:
                     content = await response.read()

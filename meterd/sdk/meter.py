@@ -167,13 +167,18 @@ class _Open:
     def _run(self) -> None:
         old = self.spool is not None and self.spool.recovered > 0
         while self._gather():
-            with self.lock:
-                batch = self.queue.peek(self._part, self.options.batch_bytes)
-            if batch and old:
-                _warn_of_age(batch[0])
-            old = False
-            if batch:
-                self._send(batch)
+            try:
+                with self.lock:
+                    batch = self.queue.peek(self._part, self.options.batch_bytes)
+                if batch and old:
+                    _warn_of_age(batch[0])
+                old = False
+                if batch:
+                    self._send(batch)
+            except Exception as error:
+                # A thread that ended here would keep every later event for ever.
+                log.exception("the meter failed by a mistake of its own, and goes on")
+                self._failed(str(error), None, b"{}")
         self._wire.close()
 
     def _gather(self) -> bool:
@@ -215,14 +220,9 @@ class _Open:
         with self.lock:
             if self._ended.is_set():
                 return
-            try:
-                if self.numbers is not None:
-                    self.numbers.keep()
-                self.queue.done(count)
-            except OSError as error:  # What was taken is sent again, and is a duplicate.
-                log.error("the spool cannot be written; what was sent may be sent again: %s", error)
-                self.changed.wait(delivery.PAUSE_MAX_S)
-                return
+            if self.numbers is not None:
+                self.numbers.keep()  # Where it fails, what was taken is sent again: a duplicate.
+            self.queue.done(count)
             self.over += count
             self._part = min(self.options.batch_events, self._part * 2)
             self.changed.notify_all()
@@ -306,7 +306,10 @@ class Meter:
                   the reason `not_sent`, where a lost event is better than a lost customer.
     on_rejected   called on the meter's thread for each event that was not taken for usage; None:
                   it is logged as an error under "meterd.sdk".
-    trusted, tls  see `Place`.
+    trusted       send the token over plain http to another machine: the network is your own.
+    tls           an `ssl.SSLContext`, for an authority of your own; None: the system's.
+    secret        the key that each request is signed with, "whsec_…", where meterd knows this
+                  producer by it.
 
     Raises `BadUsage` for options that cannot be meant. A child made by fork opens its own on its
     first event.
@@ -330,8 +333,9 @@ class Meter:
         on_rejected: OnRejected | None = None,
         trusted: bool = False,
         tls: Any = None,
+        secret: str = "",
     ) -> None:
-        self._place = Place(url, token, trusted, tls)
+        self._place = Place(url, token, trusted, tls, secret)
         self._options = _Options(
             source=source,
             spool=None if spool is None else Path(spool),

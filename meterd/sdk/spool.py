@@ -20,7 +20,6 @@ warning. One that is wrong in the middle is not: the file is kept beside, under 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import logging
@@ -44,6 +43,7 @@ Fsync = Literal["never", "second", "each"]
 
 SEGMENT_BYTES = 4 * 1024 * 1024
 SUFFIX = ".spool"
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 READ_BYTES = 256 * 1024  # More than a line can have.
 _NUMBER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -144,6 +144,7 @@ class Spool:
         self.recovered = 0  # Events that an earlier process has left.
         self._bytes_max = bytes_max
         self._fsync = fsync
+        self._begun = False  # A segment whose name is not flushed yet.
         self._segments: deque[_Segment] = deque()
         # What was shown last: of which segment, where each event ends and how long its line is.
         self._shown: tuple[_Segment, list[tuple[int, int]]] | None = None
@@ -188,7 +189,9 @@ class Spool:
             path = self.directory / f"{number + 1:012d}-{secrets.token_hex(4)}{SUFFIX}"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             if _locked(fd):
-                self._flush_directory()
+                if self._fsync == "each":
+                    self._flush_directory()
+                self._begun = True
                 return _Segment(path, fd)
             os.close(fd)  # Somebody who was looking for what was left has it; it is empty.
 
@@ -205,9 +208,7 @@ class Spool:
         segment.size += len(line)
 
     def _flush_directory(self) -> None:
-        if self._fsync == "never":
-            return
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(self.directory, DIRECTORY)
         try:
             os.fsync(fd)
         finally:
@@ -218,7 +219,11 @@ class Spool:
         dirty = [segment for segment in self._segments if segment.dirty and segment.left]
         for segment in dirty:
             segment.dirty = False
-        return [os.dup(segment.fd) for segment in dirty]
+        copies = [os.dup(segment.fd) for segment in dirty]
+        if copies and self._begun:  # Or a new file could be lost with all that is in it.
+            self._begun = False
+            copies.append(os.open(self.directory, DIRECTORY))
+        return copies
 
     # -- Sending -----------------------------------------------------------------------------------
 
@@ -248,10 +253,15 @@ class Spool:
         segment.gone += count
         self.pending -= count
         self.pending_bytes -= sum(length for _, length in ends[:count])
+        try:
+            self._note(segment)
+        except OSError as error:
+            log.warning("%s: what was sent is sent again after a crash: %s", segment.path, error)
+
+    def _note(self, segment: _Segment) -> None:
+        """Write down how much of a segment is done."""
         if segment.left:
-            # Where this fails, what is done is sent once more after a crash: a duplicate.
-            with contextlib.suppress(OSError):
-                self._write(segment, _line(b"A", b"%d" % segment.gone))
+            self._write(segment, _line(b"A", b"%d" % segment.gone))
         elif segment is self._segments[-1] and not segment.recovered:
             os.ftruncate(segment.fd, 0)
             segment.size = segment.at = segment.events = segment.gone = 0
@@ -260,8 +270,10 @@ class Spool:
             self._remove(segment)
 
     def _remove(self, segment: _Segment) -> None:
-        segment.path.unlink(missing_ok=True)
-        os.close(segment.fd)
+        try:
+            segment.path.unlink(missing_ok=True)  # Still locked: nobody takes it over.
+        finally:
+            os.close(segment.fd)
 
     def close(self) -> None:
         """Let go of all segments; the empty ones are removed."""

@@ -51,10 +51,20 @@ class Verdict:
 
 class _Answer(msgspec.Struct):
     allowed: bool
-    needed: str
-    headroom: str | None = None
+    needed: Decimal
+    headroom: Decimal | None = None
     reason: str = ""
     hold: str = ""
+
+
+class _Refused(msgspec.Struct):
+    reason: str
+    detail: str = ""
+
+
+class _Captured(msgspec.Struct):
+    accepted: int
+    rejected: list[_Refused]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +102,8 @@ class Question:
             return Verdict(
                 answer.allowed,
                 answer.reason,
-                None if answer.headroom is None else Decimal(answer.headroom),
-                Decimal(answer.needed),
+                answer.headroom,
+                answer.needed,
                 answer.hold,
             )
         if reply.status == 404 and PROBLEM in reply.body:
@@ -144,10 +154,12 @@ def read_capture(reply: Reply, hold: str) -> None:
     if reply.status != 200:
         refuse(reply)
         raise Unreachable(f"the hold {hold} was not captured: {reply.said}")
-    found = msgspec.json.decode(reply.body)
-    if found.get("rejected"):
-        one = found["rejected"][0]
-        detail = f"{one.get('reason')}: {one.get('detail')}"
+    try:
+        found = msgspec.json.decode(reply.body, type=_Captured)
+    except (msgspec.MsgspecError, ValueError):
+        raise Unreachable(f"the hold {hold}: 200, but the answer is not meterd's") from None
+    if found.rejected:
+        detail = f"{found.rejected[0].reason}: {found.rejected[0].detail}"
         raise NotAnswered(f"the usage of hold {hold} was rejected: {detail}", 200)
 
 

@@ -8,11 +8,16 @@ has died meanwhile is simply opened anew.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hmac
 import http.client
 import ipaddress
 import re
+import secrets
 import socket
 import ssl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -22,6 +27,7 @@ from meterd.sdk.failures import BadUsage
 BODY_BYTES_MAX = 8 * 1024 * 1024  # The answer to a full batch of which every event was rejected.
 RETRY_AFTER_MAX_S = 300
 UNIX = "unix:"
+WEBHOOK_PREFIX = "whsec_"
 _TOKEN = re.compile(r"[!-~]{1,4096}\Z", re.ASCII)
 _URL = re.compile(r"[!-~]{1,512}\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,9}\Z", re.ASCII)
@@ -36,18 +42,23 @@ class Place:
     token    its bearer token; "": it has none.
     trusted  send a token over plain http to another machine: the network between is its owner's.
     tls      for an authority of one's own; None: the system's.
+    secret   the key that each request is signed with (Standard Webhooks), such as "whsec_…"; "":
+             none is.
     """
 
     url: str
     token: str = field(default="", repr=False)
     trusted: bool = False
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    secret: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not isinstance(self.token, str):
             raise BadUsage("url and token are texts")
         if self.token and _TOKEN.match(self.token) is None:
             raise BadUsage("the token has characters that no token has; is it the whole line?")
+        if self.secret and not self._key:
+            raise BadUsage("secret: write whsec_ and base64 behind it, as meterd's configuration")
         if self.url.startswith(UNIX):
             if not self.socket_path.startswith("/"):
                 raise BadUsage('url: write the whole path, such as "unix:/run/meterd/http.sock"')
@@ -76,12 +87,34 @@ class Place:
         """What stands before a path."""
         return "http://localhost" if self.socket_path else self.url.rstrip("/")
 
-    def headers(self, further: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Headers of a request with a JSON body."""
+    @property
+    def _key(self) -> bytes:
+        """The key of the secret; nothing where it has none."""
+        text = self.secret.removeprefix(WEBHOOK_PREFIX)
+        try:
+            return base64.b64decode(text, validate=True) if text != self.secret else b""
+        except (binascii.Error, ValueError):
+            return b""
+
+    def headers(self, body: bytes, further: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Headers of a request with this JSON body; a signature is as old as the request."""
         own = {"Content-Type": "application/json", "User-Agent": "meterd-sdk"}
         if self.token:
             own["Authorization"] = f"Bearer {self.token}"
+        if self.secret:
+            own |= _signature(self._key, body)
         return {**own, **(further or {})}
+
+
+def _signature(key: bytes, body: bytes) -> dict[str, str]:
+    """Sign a body: the headers of Standard Webhooks 1.0."""
+    number, now = f"msg_{secrets.token_hex(12)}", str(int(time.time()))
+    digest = hmac.digest(key, f"{number}.{now}.".encode() + body, "sha256")
+    return {
+        "webhook-id": number,
+        "webhook-timestamp": now,
+        "webhook-signature": f"v1,{base64.b64encode(digest).decode()}",
+    }
 
 
 def _is_address(url: str) -> bool:
@@ -144,7 +177,9 @@ class Wire:
         try:
             if self._kept is None:
                 self._kept = self._connection()
-            self._kept.request("POST", self._prefix + path, body, self._place.headers(headers))
+            self._kept.request(
+                "POST", self._prefix + path, body, self._place.headers(body, headers)
+            )
             response = self._kept.getresponse()
             content = response.read(BODY_BYTES_MAX)
             if response.will_close or not response.isclosed():

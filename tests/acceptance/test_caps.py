@@ -101,7 +101,9 @@ def test_usage_that_comes_too_fast_is_metered_and_paid_when_a_person_agrees(
     shown = node.wait_state(escrow, "frozen")
     status = node.type("status")
     alarms = node.ask("GET", "/metrics").raw.decode()
-    journal = [entry["action"] for entry in node.get("/v1/journal")["items"]]
+    journal = [
+        entry for entry in node.get("/v1/journal")["items"] if entry["action"] == "escrow_frozen"
+    ]
     unpaid = paid(sandbox, escrow)
     logged = node.logged("velocity_exceeded")
 
@@ -112,7 +114,7 @@ def test_usage_that_comes_too_fast_is_metered_and_paid_when_a_person_agrees(
     assert "velocity_max" in logged[0]["event"]
     assert logged[0]["next"].startswith(f"meterd resume {escrow}")
     assert 'meterd_alarms_total{action="velocity_exceeded"}' in alarms
-    assert "velocity_exceeded" in journal
+    assert (journal[0]["actor"], "velocity_max" in journal[0]["detail"]) == ("meterd", True)
 
     until(
         lambda: node.type("resume", escrow, "--reason", "a real customer").returncode == 0,
@@ -123,6 +125,9 @@ def test_usage_that_comes_too_fast_is_metered_and_paid_when_a_person_agrees(
     until(lambda: paid(sandbox, escrow) == Decimal("0.55"), node.log_tail)
     node.send(event(escrow, "fast-again", 1))
     node.wait_state(escrow, "frozen")
+    node.stop()
+    books = node.type("verify")
+    assert books.returncode == 0, books.stdout
 
 
 def test_a_new_escrow_is_no_way_around_a_persons_look(node: Node, sandbox: Sandbox) -> None:

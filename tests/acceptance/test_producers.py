@@ -26,7 +26,7 @@ from tests.signing import key_of, signed
 
 TOKENS = {name: f"token-of-{name}-0123456789" for name in ("signer", "plain", "other", "admin")}
 KEYS = {name: key_of(name) for name in ("signer", "before", "edge-1", "edge-2", "stream")}
-SCOPES = {"admin": ["read", "admin"], "signer": ["ingest", "gate"]}
+SCOPES = {"admin": ["read", "admin"], "signer": ["ingest", "gate", "read"]}
 
 
 def _tokens() -> str:
@@ -149,8 +149,7 @@ def event(event_id: str, agreement: str = "mine-1", **more: object) -> bytes:
 # -- HTTP --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/v1/events"])
-def test_a_signed_body_is_taken_and_any_other_refused_whole(stage: Stage, path: str) -> None:
+def test_a_signed_body_is_taken_and_any_other_refused_whole(stage: Stage) -> None:
     """401 with a problem and nothing accrued, until the signature is right; then 200."""
     before = stage.events("mine-1")
     body = event("http-1")
@@ -158,16 +157,16 @@ def test_a_signed_body_is_taken_and_any_other_refused_whole(stage: Stage, path: 
     late = int(time.time()) - 301
     genuine = signed(key, body)
     refused = {
-        "unsigned": stage.post("signer", body, path),
-        "another's key": stage.post("signer", body, path, **signed(KEYS["stream"], body)),
-        "another body": stage.post("signer", event("http-2"), path, **genuine),
-        "late": stage.post("signer", body, path, **signed(key, body, at=late)),
-        "no timestamp": stage.post("signer", body, path, **{**genuine, "webhook-timestamp": ""}),
-        "headers": stage.post("signer", body, path, **genuine, **{"ce-specversion": "1.0"}),
+        "unsigned": stage.post("signer", body),
+        "another's key": stage.post("signer", body, **signed(KEYS["stream"], body)),
+        "another body": stage.post("signer", event("http-2"), **genuine),
+        "late": stage.post("signer", body, **signed(key, body, at=late)),
+        "no timestamp": stage.post("signer", body, **{**genuine, "webhook-timestamp": ""}),
+        "headers": stage.post("signer", body, **genuine, **{"ce-specversion": "1.0"}),
     }
     after = stage.events("mine-1")
-    taken = stage.post("signer", body, path, **genuine)
-    again = stage.post("signer", body, path, **genuine)
+    taken = stage.post("signer", body, **genuine)
+    again = stage.post("signer", body, **genuine)
 
     assert {name: answer.status for name, answer in refused.items()} == dict.fromkeys(refused, 401)
     for answer in refused.values():
@@ -177,6 +176,40 @@ def test_a_signed_body_is_taken_and_any_other_refused_whole(stage: Stage, path: 
     assert after == before
     assert taken.json == {"accepted": 1, "duplicates": 0, "rejected": []}
     assert again.json == {"accepted": 0, "duplicates": 1, "rejected": []}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/events", "/api/v1/events", "/v1/traces", "/v1/logs", "/v1/authorize", "/mcp"]
+)
+def test_no_other_call_is_a_way_around_the_signature(stage: Stage, path: str) -> None:
+    """Whatever can lead to usage: with the token of a producer that signs, it is signed or 401."""
+    content = {"Content-Type": "application/json"}
+    answer = stage.post("signer", event("around"), path, **content)
+    other = stage.post("other", event("around"), path, **content)
+
+    assert answer.status == 401
+    assert answer.json["type"] == "urn:meterd:problem:bad-signature"
+    assert other.status in {401, 403}  # A token that is no producer's sends nothing either.
+
+
+def test_a_cloudevent_of_openmeters_call_is_signed_like_any_other(stage: Stage) -> None:
+    """204 where it counts; its bytes are what is signed."""
+    before = stage.events("mine-1")
+    cloudevent = {
+        "specversion": "1.0",
+        "id": "om-1",
+        "source": "svc",
+        "type": "meterd.usage",
+        "subject": "mine-1",
+        "data": {"meter": "units", "quantity": 1},
+    }
+    body = json.dumps(cloudevent).encode()
+    kind = {"Content-Type": "application/cloudevents+json"}
+    headers = {**kind, **signed(KEYS["signer"], body)}
+    answer = stage.post("signer", body, "/api/v1/events", **headers)
+
+    assert answer.status in {200, 204}, answer.raw
+    assert stage.events("mine-1") == before + 1
 
 
 def test_the_gate_wants_the_signature_too(stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import random
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from meterd.sdk import AsyncGate, AsyncMeter, Gate, Meter
-from tests.acceptance.stage import Node, configuration
+from meterd.sdk import AsyncGate, AsyncMeter, Gate, Meter, NotAnswered
+from tests.acceptance.stage import PLANS, Node, configuration
 from tests.processes import Sandbox
 
+# However much is told while a slow machine starts a daemon, the escrow outlasts it.
+CHEAP = PLANS.replace('"0.001"', '"0.000000001"')
 SEEN = ("missing_events", "incomplete_producers")
 # Tells quantities that are its own numbers, and writes each down once `emit` has returned.
 PROGRAM = """
@@ -41,7 +44,7 @@ os.write(1, b"end\\n")
 def node(tmp_path: Path) -> Iterator[Node]:
     with (
         Sandbox(tmp_path / "sandbox") as sandbox,
-        Node(tmp_path, configuration(sandbox)) as running,
+        Node(tmp_path, configuration(sandbox, plans=CHEAP)) as running,
     ):
         running.wait_ready()
         running.bind(sandbox.lock("900.00"), "lazy", "esc")
@@ -266,3 +269,47 @@ async def test_meter_and_gate_speak_over_a_unix_socket(tmp_path: Path) -> None:
                 assert gate.authorize("nobody", "units").reason == "there is no agreement 'nobody'"
             async with AsyncGate(url) as awaited:
                 assert not (await awaited.authorize("nobody", "units")).allowed
+
+
+async def test_meter_and_gates_sign_what_they_send(tmp_path: Path) -> None:
+    """Meterd takes nothing unsigned of this producer; what is sent again is signed again."""
+    token, secret = "a-token-of-the-producer-0123", f"whsec_{base64.b64encode(bytes(32)).decode()}"
+    scopes = 'scopes = ["ingest", "gate", "admin", "read"]'
+    rest = f"""
+[[http.tokens]]
+name = "svc-a"
+token = "{token}"
+{scopes}
+[[http.tokens]]
+name = "person"
+token = "a-token-of-a-person-0123456"
+{scopes}
+[[producers]]
+name = "svc-a"
+token = "svc-a"
+secret = "{secret}"
+"""
+    person = {"Authorization": "Bearer a-token-of-a-person-0123456"}
+    with (
+        Sandbox(tmp_path / "sandbox") as sandbox,
+        Node(tmp_path, configuration(sandbox, rest=rest)) as node,
+    ):
+        node.wait_ready()
+        body = {"plan": "lazy", "escrows": {"main": sandbox.lock("5.00")}}
+        assert node.ask("PUT", "/v1/agreements/esc", body, **person).status == 201
+        meter = Meter(node.url, token, spool=tmp_path / "spool", secret=secret)
+        node.kill()
+        meter.emit("esc", "units", 5)
+        node.start()
+        node.wait_ready()
+        assert await asyncio.to_thread(meter.flush)
+        meter.close()
+        with Gate(node.url, token, secret=secret) as gate:
+            assert gate.authorize("esc", "units").asked
+        async with AsyncGate(node.url, token, secret=secret) as awaited:
+            assert (await awaited.authorize("esc", "units")).asked
+        with Gate(node.url, token) as unsigned, pytest.raises(NotAnswered, match="signature"):
+            unsigned.authorize("esc", "units")
+        usage = node.ask("GET", "/v1/agreements/esc/usage", **person).json["items"]
+
+    assert [row["quantity"] for row in usage] == ["5"]

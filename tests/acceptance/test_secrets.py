@@ -6,7 +6,9 @@ that send wrong tokens, and failures on purpose. Whatever it writes or answers i
 
 from __future__ import annotations
 
+import base64
 import http.client
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,15 +21,25 @@ import pytest
 import redis
 
 from tests.acceptance.stage import Node, configuration, meterd, until
+from tests.certificates import authority
+from tests.certificates import signed as certified
 from tests.processes import PAYER_KEY, Process, Sandbox, free_port
 from tests.servers import MosquittoServer, RedisServer
+from tests.signing import key_of, signed
 
 KEY = "pf_live_CANARYKEY0123456789abcdef"
 REDIS_PASSWORD = "CANARYREDIS p@ss/w:rd%41"
 MQTT_PASSWORD = 'CANARYMQTT "p\\w" ü'
+SENDER = "CANARYTOKEN-sender-0123456789"
 TOKENS = {scope: f"CANARYTOKEN-{scope}-0123456789" for scope in ("ingest", "read", "admin")}
+# A producer's keys: they are shown neither as they stand nor as what they mean.
+PRODUCER_KEYS = [key_of("CANARYPRODUCER"), key_of("CANARYPRODUCERBEFORE")]
 # What a part of any of them holds, however it is quoted.
-CANARIES = (b"CANARYKEY", b"CANARYREDIS", b"CANARYMQTT", b"CANARYTOKEN", b"0123456789abcdef")
+CANARIES = (
+    *(b"CANARYKEY", b"CANARYREDIS", b"CANARYMQTT", b"CANARYTOKEN", b"0123456789abcdef"),
+    b"CANARYPRODUCER",
+    base64.b64encode(b"CANARYPRODUCE"),  # Whole groups of three, so that it stands in both keys.
+)
 SECRETS = {
     "METERD_ESCROW__API_KEY": KEY,
     "METERD_SOURCES__REDIS__URL": "",
@@ -88,6 +100,13 @@ def _config(sandbox: Sandbox, mosquitto: MosquittoServer, tmp: Path) -> str:
     sources = (
         '[[sources]]\nkind = "redis"\nblock = "200ms"\n'
         f'[[sources]]\nkind = "mqtt"\nport = {mosquitto.port}\nusername = "meterd"\n'
+    )
+    secret = tmp / "producer.secret"
+    secret.write_text(PRODUCER_KEYS[0] + "\n")
+    sources += (
+        f'[[producers]]\nname = "svc"\ntoken = "sender"\nsecret_file = "{secret}"\n'
+        f'old_secret = "{PRODUCER_KEYS[1]}"\n'
+        f'[[http.tokens]]\nname = "sender"\ntoken = "{SENDER}"\nscopes = ["ingest", "gate"]\n'
     )
     text = configuration(sandbox, rest=tokens + sources)
     return text.replace('format = "json"', 'format = "json"\nlevel = "debug"').replace(
@@ -180,6 +199,65 @@ def test_no_answer_and_no_command_shows_a_secret(stage: Stage) -> None:
     assert any(b"rejected header: ***" in text or b"***" in text for text in stage.seen.values())
 
 
+def test_a_signature_that_is_refused_shows_no_key(stage: Stage) -> None:
+    """Over HTTP, each way to be wrong; what comes back and the dead letters hold no key."""
+    escrow = stage.sandbox.lock("1.00")
+    body = {"plan": "lazy", "escrows": {"main": escrow}}
+    assert stage.ask("PUT", f"/v1/agreements/{escrow}", body, TOKENS["admin"]) == 201
+    event = {"id": "signed-1", "escrow_id": escrow, "meter": "units", "quantity": 1}
+    content = json.dumps(event).encode()
+    good = signed(PRODUCER_KEYS[1], content)
+    attempts = [
+        {},
+        signed(key_of("another"), content),
+        signed(PRODUCER_KEYS[0], content, at=1),
+        {**good, "webhook-id": "a.b"},
+        {**good, "webhook-signature": PRODUCER_KEYS[0]},
+        good,
+    ]
+    bearer = {"Authorization": f"Bearer {SENDER}"}
+    statuses = []
+    for number, headers in enumerate(attempts):
+        answer = stage.node.ask("POST", "/v1/events", content, **bearer, **headers)
+        statuses.append(answer.status)
+        said = repr(sorted(answer.headers.items())).encode() + answer.raw
+        stage.seen[f"signature {number}"] = said
+    for path in ("/v1/dead-letters", "/v1/journal", "/mcp"):
+        stage.ask("GET", path, token=TOKENS["admin"])
+
+    assert statuses == [401, 401, 401, 401, 401, 200]
+    assert _clean(stage.seen) == []
+
+
+def test_what_agents_and_streams_are_told_holds_no_secret(stage: Stage) -> None:
+    """Each tool of /mcp that only asks, and the first events of a stream."""
+    headers = {
+        "Authorization": f"Bearer {TOKENS['read']}",
+        "Accept": "application/json, text/event-stream",
+        "Content-Type": "application/json",
+    }
+    calls = [("initialize", _INITIALIZE), ("tools/list", {})]
+    for method, params in calls:
+        question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = stage.node.ask("POST", "/mcp", question, **headers)
+        stage.seen[f"mcp {method}"] = answer.raw
+    connection = http.client.HTTPConnection("127.0.0.1", stage.node.port, timeout=10)
+    connection.request("GET", "/v1/stream", headers=headers)
+    response = connection.getresponse()
+    stage.seen["stream"] = response.read1(65_536) if response.status == 200 else response.read()
+    connection.close()
+
+    assert stage.seen["mcp tools/list"]
+    assert _clean(stage.seen) == []
+
+
+_INITIALIZE = {
+    "protocolVersion": "2025-06-18",
+    "capabilities": {},
+    "clientInfo": {"name": "canary", "version": "1"},
+}
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [
@@ -230,7 +308,21 @@ def test_no_log_and_no_file_holds_a_secret(stage: Stage) -> None:
     assert stage.node.returncode == 0
     assert len(stage.node.logged()) > 10
     assert any(name.endswith("-wal") for name in running)
-    assert _clean({**running, **_files(stage.node), "log": stage.node._log.read_bytes()}) == []
+    seen = {**running, **_files(stage.node), "log": stage.node._log.read_bytes()}
+    assert _clean(seen) == []
+    # The key that signs receipts is a file for itself: no other holds it, whole or as hex.
+    [own] = [name for name in running if name.endswith("receipts.key")]
+    words = _words_of_a_key(running[own])
+    others = {name: text for name, text in {**seen, **stage.seen}.items() if name != own}
+    assert [name for name, text in others.items() for word in words if word in text] == []
+
+
+def _words_of_a_key(pem: bytes) -> list[bytes]:
+    """What a key could be known by: its lines, and its bytes in each spelling."""
+    lines = [line for line in pem.splitlines() if line and not line.startswith(b"-----")]
+    text = b"".join(lines)
+    raw = bytes.fromhex(text.decode()) if len(text) == 64 else base64.b64decode(text)[-32:]
+    return [*lines, raw, raw.hex().encode(), base64.b64encode(raw)]
 
 
 def _files(node: Node) -> dict[str, bytes]:
@@ -278,6 +370,9 @@ def test_wrong_passwords_are_not_shown_when_brokers_refuse_them(
         {"METERD_SOURCES__REDIS__URL": "redis://:one#CANARYREDIS@127.0.0.1/0"},
         {"METERD_SOURCES__MQTT__PASSWORD": "CANARYMQTT\x00" + "x" * 70_000},
         {"METERD_ESCROW__BASE_URL": f"https://user:{KEY}@example.com"},
+        {"METERD_PRODUCERS__SVC__OLD_SECRET": "whsec_CANARYPRODUCER"},
+        {"METERD_PRODUCERS__SVC__OLD_SECRET": PRODUCER_KEYS[0]},
+        {"METERD_PRODUCERS__SVC__OLD_SECRET": "CANARYPRODUCER" * 400},
         {"METERD_HTTP__LISTEN": "0.0.0.0:0", "METERD_ESCROW__IDEMPOTENCY_HEADER": f"{KEY}: x"},
     ],
     ids=lambda change: next(iter(change)).removeprefix("METERD_").lower(),
@@ -364,3 +459,29 @@ def test_a_traceback_of_meterds_own_mistake_shows_no_secret(
     assert b"broken with" in written
     assert b"Traceback" in written
     assert _clean({"log": written}) == []
+
+
+def test_the_key_of_a_certificate_is_shown_by_nothing(tmp_path: Path, stage: Stage) -> None:
+    """A daemon with TLS: its log, its files, its answers, and the words about a bad key."""
+    ca = authority(tmp_path)
+    pair = certified(tmp_path, ca, "server", "IP:127.0.0.1")
+    words = _words_of_a_key(pair.key.read_bytes())
+    text = configuration(stage.sandbox, key=KEY).replace(
+        "[escrow]",
+        f'tls_cert_file = "{pair.cert}"\ntls_key_file = "{pair.key}"\n[escrow]',
+        1,
+    )
+    with Node(tmp_path, text) as node:
+        node.wait_logged("listening")
+        seen = Stage(node, stage.sandbox, {}, {})
+        seen.type("status")
+        seen.type("check")
+        pair.key.write_bytes(pair.key.read_bytes().replace(b"\n-----END", b"x\n-----END"))
+        seen.type("check")
+        node.signal(1)
+        node.wait_logged("reload_refused")
+        node.stop()
+    told = {**seen.seen, **_files(node), "log": node._log.read_bytes()}
+
+    assert len(seen.seen) == 3
+    assert [name for name, text in told.items() for word in words if word in text] == []

@@ -107,6 +107,11 @@ def guarded(tmp_path: Path, sandbox: Sandbox) -> Iterator[Node]:
         yield daemon
 
 
+def found_and_active(node: Node, name: str) -> None:
+    """Wait for an agreement that is not there before its escrow is found."""
+    until(lambda: node.agreement(name).get("state") == "active", f"{name} to be active")
+
+
 def created(sandbox: Sandbox) -> list[Any]:
     """Every escrow that was ever locked, by the service's own log."""
     rows = call("GET", f"{sandbox.base}/_operations?limit=1000")["operations"]
@@ -204,7 +209,7 @@ async def test_retry_locks_once_when_the_answer_was_lost_on_the_way(node, sandbo
     async with agent_at(node.url) as agent:
         first = await agent.use("escrow_create", id="customer-1", plan="stream")
         again = await agent.use("escrow_create", id="customer-1", plan="stream")
-        node.wait_state("customer-1", "active")
+        found_and_active(node, "customer-1")
         found = await agent.use("escrow_status", id="customer-1")
 
     assert first["state"] in {"opening", "adopting", "active"}
@@ -229,7 +234,7 @@ async def test_retry_locks_once_when_the_daemon_was_killed_in_the_middle(node, s
     node.wait_ready()
     async with agent_at(node.url) as agent:
         again = await agent.use("escrow_create", **wish)
-        node.wait_state("customer-1", "active")
+        found_and_active(node, "customer-1")
         found = await agent.use("escrow_status", id="customer-1")
 
     assert again["repeated"]
@@ -243,7 +248,7 @@ async def test_an_id_counts_once_when_many_ask_at_once(node, sandbox):
         opened = await asyncio.gather(
             *(agent.use("escrow_create", id="customer-1", plan="stream") for _ in range(8))
         )
-        node.wait_state("customer-1", "active")
+        found_and_active(node, "customer-1")
     (own,) = created(sandbox)
     async with agent_at(sandbox.base, PAYER_KEY) as agent:
         locked = await asyncio.gather(*(agent.use("escrow_create", **wish) for _ in range(8)))

@@ -25,6 +25,12 @@ class Numbers:
     seen: frozenset[int]
     exact: bool = True
 
+    def again(self, event: Event) -> Numbers:
+        """The same when an event of it came again that was counted before."""
+        assert event.at is not None
+        mine = event.at >= self.since and event.number >= self.floor
+        return replace(self, seen=self.seen | {event.number}) if mine else self
+
     def after(self, event: Event) -> Numbers:
         """The same when a new event of it was counted."""
         assert event.at is not None
@@ -48,6 +54,7 @@ class Verdicts:
     rejected: set[int] = field(default_factory=set)
     late: int = 0  # Of the fresh ones, those that their numbers alone have brought in.
     refused: int = 0  # Of the rejected ones, those with a number.
+    again: list[Event] = field(default_factory=list)  # Of the duplicates, those with a number.
     deliveries: list[Delivery] = field(default_factory=list)
 
 
@@ -111,6 +118,7 @@ class Oracle:
                 self._hours[identity] = at // HOUR_MS
             elif known.content == event.content:
                 found.duplicates += 1
+                found.again += [event] if event.number else []
             else:
                 found.rejected.add(place)
         return found
@@ -134,6 +142,7 @@ class Oracle:
         seen = numbers.seen if numbers is not None and mine else frozenset()
         if known or identity in found.fresh or event.number in seen:
             found.duplicates += 1
+            found.again.append(event)
         elif not mine or closed(event.agreement):
             found.rejected.add(place)
             found.refused += 1
@@ -145,12 +154,15 @@ class Oracle:
     @staticmethod
     def _note(numbers: dict[str, Numbers], verdicts: Verdicts) -> None:
         """Count the numbers of a batch, in the order in which its events were made."""
-        fresh = [event for event in verdicts.fresh.values() if event.number]
-        for event in sorted(fresh, key=lambda one: (one.at or 0, one.number)):
+        counted = [(event, True) for event in verdicts.fresh.values() if event.number]
+        counted += [(event, False) for event in verdicts.again]
+        for event, new in sorted(counted, key=lambda one: (one[0].at or 0, not one[1])):
             known = numbers.get(event.source)
             at, number = event.at or 0, event.number
-            first = Numbers(at, at, number, frozenset({number}))
-            numbers[event.source] = first if known is None else known.after(event)
+            if new and known is None:
+                numbers[event.source] = Numbers(at, at, number, frozenset({number}))
+            elif known is not None:  # Nobody is met by what comes again.
+                numbers[event.source] = known.after(event) if new else known.again(event)
 
     def accept(self, verdicts: Verdicts) -> None:
         """The daemon has taken a batch into its memory."""

@@ -462,14 +462,7 @@ on_foreign_release = "{"credit" if self.scenario == "credit" else "freeze"}"
         store = kind.open(self.directory, entries_max=self.settings.dedupe.entries_max)
         self.store = store
         try:
-            facts = SimpleNamespace(
-                batch=_ignore,
-                released=_ignore,
-                gate=_ignore,
-                alarm=_ignore,
-                reloaded=_ignore,
-                watch=_ignore,
-            )
+            facts = _Quiet()
             state = store.load(now_ms=self.clock.wall())
             keeper = await _open_books(self.settings, store, state, facts, self.clock)
             self.check_restored(keeper)
@@ -1129,7 +1122,7 @@ def _look(task: asyncio.Task[Any]) -> None:
 
 
 class _Quiet:
-    """A log that nobody reads."""
+    """A log that nobody reads, or metrics."""
 
     def __getattr__(self, _: str) -> Any:
         return _ignore

@@ -9,10 +9,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from meterd import __version__
+from meterd.api.overview import AgreementFigures
 from meterd.core.accounts import Entry
 from meterd.core.events import Reason, Rejection
 from meterd.core.settlement import Release, ReleaseStatus
-from meterd.metrics import ALARMS, OUTCOMES, Metrics, Reads
+from meterd.metrics import ALARMS, OTHERS, OUTCOMES, Metrics, Reads
 
 # Every family and its labels, without the prefix: dashboards and alerts are written against them.
 TABLE = {
@@ -42,6 +43,11 @@ TABLE = {
     "escrows_frozen": (),
     "escrows_paused": (),
     "escrows_exhausted": (),
+    "escrows_low": (),
+    "deadline_seconds": (),
+    "event_to_commit_seconds": (),
+    "event_to_release_seconds": (),
+    "gate_seconds": (),
     "settlement_lag_seconds": (),
     "reconciliation_difference_usdc": (),
     "escrow_requests_total": ("call", "code"),
@@ -84,7 +90,10 @@ class Sums:
     releases_in_doubt: int = 0
     releases_escalated: int = 0
     lag_ms: int = 0
+    deadline_ms: int | None = 0
+    low: int = 0
     states: dict[str, int] = field(default_factory=dict)
+    by_agreement: tuple[AgreementFigures, ...] = ()
 
 
 def make(sums=None, states=(), letters=0, size=0) -> Metrics:
@@ -231,6 +240,8 @@ def test_what_the_ledger_knows_is_read_at_the_scrape():
         releases_in_doubt=5,
         releases_escalated=1,
         lag_ms=1500,
+        deadline_ms=2500,
+        low=6,
         states={"frozen": 2, "exhausted": 3, "paused": 4, "active": 9},
     )
     metrics = make(sums, [State("mqtt", True, None, 8)], letters=11, size=4096)
@@ -246,6 +257,8 @@ def test_what_the_ledger_knows_is_read_at_the_scrape():
         "releases_escalated": 1,
         "escrows_paused": 4,
         "settlement_lag_seconds": 1.5,
+        "deadline_seconds": 2.5,
+        "escrows_low": 6,
         "escrows_frozen": 2,
         "escrows_exhausted": 3,
         "dead_letters": 11,
@@ -256,6 +269,45 @@ def test_what_the_ledger_knows_is_read_at_the_scrape():
     assert value(metrics, "source_connected", source="mqtt") == 1
     assert value(metrics, "unacked_deliveries", source="mqtt") == 8
     assert math.isnan(value(metrics, "source_lag_events", source="mqtt"))
+
+
+def test_no_deadline_is_no_number():
+    """Zero would say that it is now."""
+    assert math.isnan(value(make(Sums(deadline_ms=None)), "deadline_seconds"))
+
+
+def test_agreements_have_series_only_where_figures_have_them():
+    """With their ids, and one for all that have none of their own."""
+    one = AgreementFigures("customer-1", Fraction(7, 2), 2_500_000, 1_000_000, 4, 5, 6)
+    rest = AgreementFigures("", Fraction(1), 1, 2, 3, 4, 5)
+    metrics = make(Sums(by_agreement=(one, rest)))
+    expected = {
+        "accrued_usdc_total": 3.5,
+        "released_usdc_total": 2.5,
+        "unsettled_usdc": 1,
+        "headroom_usdc": 0.000004,
+        "in_doubt_usdc": 0.000005,
+        "uncollectible_usdc": 0.000006,
+    }
+    found = {name: value(metrics, f"agreement_{name}", agreement="customer-1") for name in expected}
+
+    assert found == expected
+    assert value(metrics, "agreement_accrued_usdc_total", agreement=OTHERS) == 1
+    assert not any(name.startswith("meterd_agreement") for name, _ in samples(make()))
+
+
+def test_durations_are_observed_once_each_and_never_below_zero():
+    """A producer's clock may be ahead of this one."""
+    metrics = make()
+    for seconds in (-3.0, 1.5):
+        metrics.committed(seconds)
+        metrics.paid(seconds)
+        metrics.gate(allowed=seconds > 0, seconds=seconds)
+
+    for name in ("event_to_commit_seconds", "event_to_release_seconds", "gate_seconds"):
+        assert value(metrics, f"{name}_count") == 2
+        assert value(metrics, f"{name}_sum") == 1.5
+    assert value(metrics, "gate_decisions_total", allowed="true") == 1
 
 
 def test_the_hooks_of_the_edges_are_counted():

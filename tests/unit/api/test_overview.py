@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
-from meterd.api import Overview
+from meterd.api import Overview, overview
 from meterd.api.overview import SLICE, balance, spokesman, state_word
 from meterd.core.accounts import Agreement
 from meterd.core.settlement import AnswerKind, Observed
@@ -85,3 +86,56 @@ async def test_a_pass_lets_others_work_in_between(world):
     figures = await Overview(world.bookkeeper).refresh()
 
     assert (figures.agreements, figures.states["adopting"]) == (SLICE + 2, SLICE + 1)
+
+
+async def test_the_nearest_deadline_is_that_of_an_escrow_with_usage_to_pay(world):
+    """Whoever owes nothing has none, however near it is."""
+    world.clock.advance(5)
+    reading = reading_of("esc_1", total=10**7, mono=world.clock.mono())
+    reading = replace(reading, deadline=NOW_MS + 60_000)
+    await world.bookkeeper.step("esc_1", Observed(reading, world.clock.mono(), NOW_MS, 0))
+    idle = await world.overview.refresh()
+    await world.post("/v1/events", {"id": "a", "quantity": 10, **USAGE})
+    world.clock.advance(2)
+    owing = await world.overview.refresh()
+    world.clock.advance(100)
+    passed = await world.overview.refresh()
+
+    assert idle.deadline_ms is None
+    assert owing.deadline_ms == NOW_MS + 60_000 - owing.at > 0
+    assert passed.deadline_ms == 0
+
+
+async def test_a_deposit_is_low_from_a_tenth_on_until_it_is_used_up(make_world):
+    """Then it is exhausted, and counted as that."""
+    world = await make_world()
+    await world.bind("agr", total=2_000)
+    found = []
+    for number, quantity in enumerate((900, 1, 99), 1):
+        event = {"escrow_id": "agr", "meter": "tokens", "quantity": quantity}
+        await world.post("/v1/events", {"id": f"e{number}", **event})
+        world.clock.advance(2)
+        found.append((await Overview(world.bookkeeper).refresh()).low)
+    usage = {"escrow_id": "agr", "meter": "tokens", "quantity": 1}
+    await world.post("/v1/events", {"id": "e9", **usage})
+    beyond = await Overview(world.bookkeeper).refresh()
+
+    assert found == [0, 1, 1]
+    assert (beyond.low, beyond.states.get("exhausted")) == (0, 1)
+
+
+async def test_agreements_have_figures_of_their_own_where_asked_for(make_world, monkeypatch):
+    """The first ones; what the others have is in one, and all of them make the sums."""
+    monkeypatch.setattr(overview, "AGREEMENTS_MAX", 4)
+    world = await make_world()
+    await many(world, 6)
+    plain = await Overview(world.bookkeeper).refresh()
+    figures = await Overview(world.bookkeeper, per_agreement=True).refresh()
+    each = figures.by_agreement
+
+    assert plain.by_agreement == ()
+    assert len(each) == 5
+    assert [one.agreement for one in each][-1] == ""
+    for name in ("accrued", "settled", "unsettled", "headroom", "in_doubt", "uncollectible"):
+        assert sum(getattr(one, name) for one in each) == getattr(figures, name)
+        assert getattr(figures, name) == getattr(plain, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from fractions import Fraction
 
 import pytest
@@ -338,3 +340,53 @@ def test_windows_survive_a_restart():
 def test_windows_are_read_back_as_they_were_written(windows):
     """Exact, whatever their denominators."""
     assert windows_of(windows_text(windows)) == windows
+
+
+# -- Events of every kind ----------------------------------------------------------------------
+
+
+def test_an_event_without_usage_passes_every_cap():
+    """An agreement that has used its life up can still be closed."""
+    box = till(Caps(lifetime=cents(1)), Rate("tokens", CENT))
+    send(box, 1)
+    entry = box.take([usage("end", type="meterd.close", meter="", quantity="")], now=START)
+
+    assert (entry.accepted, entry.closes) == (1, [box.books.accounts["a"]])
+
+
+def typed(event_id, tokens):
+    """A CloudEvent that feeds two meters."""
+    event = {"id": event_id, "source": "svc", "type": "llm", "subject": "a", "specversion": "1.0"}
+    return json.dumps({**event, "data": {"tokens": tokens}}).encode()
+
+
+def test_an_event_that_feeds_several_meters_is_taken_or_refused_whole():
+    """Its charges are added up; refused, it leaves no part behind on any of them."""
+    meters = {
+        "tokens": Meter("tokens", event_type="llm", value="$.tokens"),
+        "calls": Meter("calls", Aggregation.COUNT, event_type="llm"),
+    }
+    rates = (Rate("tokens", CENT), Rate("calls", 5 * CENT, 2, model=Model.PACKAGE))
+    plan = Plan("p", Pattern.STREAMING, RateCard(rates), caps=Caps(event=cents(8)))
+    books = Ledger({"p": plan}, meters)
+    books.bind(Agreement("a", "p", "payer", (("main", "esc_a"),)), START)
+    box = Till(books)
+    # The first call opens a package of two for 5 cents, so the second may have more tokens.
+    entry = box.take([typed("a", 4), typed("b", 3), typed("c", 8), typed("d", 1)], now=START)
+
+    assert [one.index for one in box.rejections] == [0]
+    assert entry.accepted == 3
+    assert books.accounts["a"].accrued == Fraction(3 + 5 + 8 + 1 + 5, 100)
+    assert sum(entry.spent.values()) == books.accounts["a"].numerator
+
+
+def test_an_older_value_of_a_meter_that_shows_the_last_costs_nothing():
+    """It changes nothing of what is owed, so no cap can stand against it."""
+    box = till(Caps(day=cents(5)), Rate("seats", CENT))
+    times = [f"2026-11-{day:02}T12:00:00Z" for day in (16, 15)]
+    now = int(datetime(2026, 11, 16, 13, tzinfo=UTC).timestamp() * 1000)
+    events = [usage(at, 5, meter="seats", time=at) for at in times]
+    entry = box.take(events, now=now)
+
+    assert entry.accepted == 2
+    assert box.books.accounts["a"].accrued == Fraction(5, 100)

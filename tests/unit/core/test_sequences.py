@@ -453,6 +453,18 @@ def test_first_event_of_a_run_may_be_overtaken_by_a_second(early, runs):
     assert runs == books.runs
 
 
+def test_event_that_comes_again_belongs_to_the_run_of_its_own_time():
+    """However short before the new beginning it was made: it is one of the old numbering's."""
+    books = later(Books().count(1, 2, 3), 1)
+    since = books.it.since
+    books.count(2, fresh=False, at=since - 1).count(3, fresh=False, at=since)
+    assert [(1, 1), (3, 3)] == books.runs
+
+    books = later(Books().count(1, 2, 3), 1)
+    books.sequences.note({"p": [(3, since - 1, False), (2, since, True)]}, T0)
+    assert [(1, 2)] == books.runs
+
+
 @pytest.mark.parametrize(
     ("early", "runs"),
     [(OVERTAKEN_MS, [(1, 3)]), (OVERTAKEN_MS + 1, [(1, 1), (3, 3)])],
@@ -614,6 +626,7 @@ def test_person_throws_away_what_is_missing():
     books.count(6)
     assert ((1, 6),) == books.sequences.discard("p", 5, T0 - HOUR, T0).intervals
     later(books, 1, 3)
+    assert books.sequences.discard("p", 2, books.it.since - 1, T0) is None
     assert books.sequences.discard("p", 2, T0 + 2 * MIN, T0) is None
     assert [(1, 1), (3, 3)] == books.runs
 

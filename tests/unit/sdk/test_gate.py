@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import ssl
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
@@ -19,6 +20,7 @@ from meterd.sdk import (
     NotAnswered,
     Unreachable,
 )
+from tests.certificates import authority, signed
 from tests.processes import free_port
 
 
@@ -196,3 +198,68 @@ async def test_question_that_cannot_be_meant_is_not_sent(make, meterd, bad):
         await make(meterd.url).authorize("c-1", "tokens", **bad)
 
     assert meterd.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ((200, {}, b"<html>"), Unreachable),
+        ((200, {}, b"{}"), Unreachable),
+        (
+            (200, {}, b'{"accepted": 0, "rejected": [{"reason": "closed"}]}'),
+            NotAnswered,
+        ),
+        ((503, {}, b""), Unreachable),
+        ((200, {}, b'{"accepted": 1, "duplicates": 0, "rejected": []}'), None),
+    ],
+)
+async def test_capture_is_done_when_meterd_says_so_and_not_before(
+    make, meterd, monkeypatch, answer, error
+):
+    """A page of a proxy captures nothing, and a rejected usage is no usage."""
+    monkeypatch.setattr(meterd, "answer", lambda *_: answer)
+    gate = make(meterd.url)
+    if error is None:
+        await gate.capture("hold_1")
+    else:
+        with pytest.raises(error):
+            await gate.capture("hold_1")
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"{}", b'{"allowed": true, "needed": "much"}', b'{"allowed": 1}']
+)
+async def test_answer_that_is_not_meterds_allows_nothing(make, meterd, monkeypatch, body):
+    """A proxy that says 200 to everything is no gate."""
+    monkeypatch.setattr(meterd, "answer", lambda *_: (200, {}, body))
+    verdict = await make(meterd.url).authorize("c-1", "tokens")
+
+    assert (verdict.allowed, verdict.asked) == (False, False)
+
+
+async def test_gate_and_meter_speak_tls_with_an_authority_of_ones_own(make, meterd, tmp_path):
+    """And with nobody else's."""
+    ca = authority(tmp_path)
+    pair = signed(tmp_path, ca, "server", "IP:127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    meterd.server.socket = context.wrap_socket(meterd.server.socket, server_side=True)
+    meterd.server.handle_error = lambda *_: None  # Who does not trust it goes away.
+    url = meterd.url.replace("http:", "https:")
+    own = ssl.create_default_context(cafile=str(ca.cert))
+
+    assert (await make(url, token="secret", tls=own).authorize("c-1", "tokens")).asked
+    assert not (await make(url, token="secret").authorize("c-1", "tokens")).asked
+    with Meter(url, "secret", tls=own) as meter:
+        meter.emit("c-1", "tokens")
+        assert await asyncio.to_thread(meter.flush)
+    assert len(meterd.events) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"on_unreachable": "maybe"}, {"timeout_s": 0}, {"connections": 0}, {"url": "x"}]
+)
+async def test_gate_that_cannot_be_meant_is_refused_at_once(make, meterd, bad):
+    """Before the first customer comes."""
+    with pytest.raises(BadUsage):
+        make(**{"url": meterd.url, **bad})

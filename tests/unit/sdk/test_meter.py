@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -309,6 +310,45 @@ def test_old_events_in_a_spool_are_warned_of(meterd, tmp_path, caplog):
     assert len(meterd.events) == 1
 
 
+@pytest.mark.parametrize(("fsync", "flushed"), [("never", 0), ("second", 2), ("each", 4)])
+def test_what_waits_is_flushed_to_the_disk_as_its_owner_chose(
+    monkeypatch, tmp_path, fsync, flushed
+):
+    """Each event, or a file and its directory once a while, whatever becomes of meterd."""
+    real, done = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(fd), real(fd)))
+    monkeypatch.setattr(meters, "FLUSH_EVERY_S", 0.2)
+    meter = Meter(nowhere(), spool=tmp_path, fsync=fsync)
+    for _ in range(3):
+        meter.emit("esc_1", "calls")
+    if fsync == "second":
+        deadline = time.monotonic() + 20
+        while len(done) < flushed and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert len(done) == flushed
+    meter.close(0)
+
+
+def test_meter_goes_on_after_a_mistake_of_its_own(meterd, monkeypatch, caplog):
+    """It says so, and sends the events all the same."""
+    real, broken = delivery.read, [True]
+
+    def read(*args):
+        if broken:
+            broken.pop()
+            raise RuntimeError("a mistake")
+        return real(*args)
+
+    monkeypatch.setattr(delivery, "read", read)
+    with Meter(meterd.url) as meter:
+        made = meter.emit("esc_1", "calls")
+        assert meter.flush()
+
+    assert meterd.order == [made]
+    assert "a mistake" in caplog.text
+
+
 def test_numbered_events_count_up_across_lives(meterd, tmp_path):
     """Without a gap where nothing was lost, and each number once."""
     for url in (meterd.url, nowhere(), meterd.url):
@@ -336,6 +376,8 @@ def test_numbered_events_count_up_across_lives(meterd, tmp_path):
         {"url": "unix:relative"},
         {"url": "http://meterd.example", "token": "secret"},
         {"token": "two words"},
+        {"secret": "c2VjcmV0"},
+        {"secret": "whsec_!"},
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_at_once(options):
@@ -457,3 +499,38 @@ def test_events_of_the_memory_come_back_whole_when_the_program_ends(caplog):
     meters._close_all()
 
     assert made in caplog.text
+
+
+def test_second_process_under_one_numbered_source_is_refused_and_holds_nothing(meterd, tmp_path):
+    """It would give the same number twice."""
+    options = {"source": "svc-a", "spool": tmp_path, "numbered": True}
+    with Meter(meterd.url, **options) as meter:
+        with pytest.raises(NotKept, match="give each its source"):
+            Meter(meterd.url, **options).open()
+        meter.emit("esc_1", "calls")
+        assert meter.flush()
+
+    assert len(meterd.events) == 1
+
+
+def test_disk_that_fails_after_the_answer_is_no_loss_and_no_charge(
+    meterd, tmp_path, monkeypatch, caplog
+):
+    """What cannot be noted is sent again after a crash, and is a duplicate."""
+    meter = Meter(meterd.url, spool=tmp_path, batch_events=1)
+    real = os.ftruncate
+
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    ids = [meter.emit("esc_1", "calls") for _ in range(3)]
+    assert meter.flush()
+    monkeypatch.setattr(os, "ftruncate", real)
+    ids.append(meter.emit("esc_1", "calls"))
+    assert meter.flush()
+    meter.close()
+
+    assert meterd.order == ids
+    assert "sent again after a crash" in caplog.text
+    assert list(tmp_path.iterdir()) == []
