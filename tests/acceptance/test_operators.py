@@ -201,8 +201,10 @@ def test_a_refused_key_needs_a_person_and_says_what_helps(node: Node, sandbox: S
         lambda: done if (done := node.type("status")).stdout.startswith("Nothing is") else None,
         lambda: node.type("status").stdout,
     )
+    refusals = metric(node, 'alarms_total{action="key_refused"}')
     clear_faults(sandbox)
 
+    assert refusals >= 1
     assert status.returncode == 3
     assert "the escrow service refuses the key" in status.stdout.splitlines()[0]
     assert "meterd check --live" in status.stdout.splitlines()[1]
