@@ -13,6 +13,7 @@ ROWS = {
     "redis-group",
     "mqtt",
     "http",
+    "gate",
     "release-latency",
     "releases",
     "memory",
