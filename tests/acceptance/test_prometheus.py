@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import redis
+import typer
 
+from meterd.cli.main import tree
 from tests.acceptance.stage import Node, configuration, until
 from tests.documents import ROOT
 from tests.processes import Sandbox
@@ -28,6 +30,7 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "meterd.json"
 RUNBOOK = ROOT / "docs" / "operations.md"
 METRICS = ROOT / "docs" / "metrics.md"
 ALERTS = re.findall(r"- alert: (\w+)", RULES.read_text())
+COMMAND = re.compile(r"meterd ([a-z-]+)")
 PARTS = ("**Means.**", "**Look.**", "**Do.**", "**Do not.**")
 
 
@@ -231,6 +234,17 @@ def test_every_alert_has_an_entry_in_the_runbook() -> None:
     for name, text in entries.items():
         assert [part for part in PARTS if text.count(part) != 1] == [], name
         assert "`meterd " in text, name
+
+
+def test_every_command_that_an_alert_names_exists() -> None:
+    """Whoever is woken by it types it as it stands."""
+    text = " ".join(RULES.read_text().split())
+    said = {
+        word for line in re.findall(r"Next: .+?runbook", text) for word in COMMAND.findall(line)
+    }
+
+    assert len(said) >= 5
+    assert said <= set(getattr(typer.main.get_command(tree()), "commands", {}))
 
 
 @pytest.mark.parametrize("file", [RULES, DASHBOARD, RULE_TESTS], ids=lambda file: file.name)
