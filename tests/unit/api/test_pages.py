@@ -39,7 +39,7 @@ async def test_everything_that_the_page_asks_for_is_served(world):
     asked |= {path.split("?")[0] for path in re.findall(r'ask\([`"](/[^`"]*)', text_of("app.js"))}
     answers = {path: (await world.get(path)).status for path in sorted(asked)}
 
-    assert len(asked) == 6
+    assert len(asked) == 7
     assert set(answers.values()) == {200}
 
 
