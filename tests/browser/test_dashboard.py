@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.acceptance.stage import SECONDS, Node, configuration, until
+from tests.acceptance.stage import SECONDS, Node, configuration
 from tests.browser.chromium import chromium
 from tests.processes import Sandbox
 
@@ -141,7 +141,7 @@ def test_texts_of_customers_are_shown_and_not_obeyed(page, node, sandbox):
 def test_quote_is_priced_and_a_wrong_one_says_why(page, node):
     """The working comes with the price; a mistake is named."""
     page.goto(node.url)
-    page.get_by_label("Plan", exact=True).select_option("stream")
+    page.locator("#quote-plan").select_option("stream")
     page.get_by_label("Quantity").fill("1500")
     page.get_by_role("button", name="Price it").click()
     expect(page.locator("#quote-answer")).to_contain_text("1.5 USDC")
@@ -152,7 +152,7 @@ def test_quote_is_priced_and_a_wrong_one_says_why(page, node):
 
 def test_phone_shows_everything_without_scrolling_sideways(page, node, sandbox):
     """Tables become cards."""
-    node.bind(sandbox.lock("10.00"), "stream", "customer-with-a-name-as-long-as-a-lawyer-likes-them")
+    node.bind(sandbox.lock("10.00"), "stream", "customer-with-a-name-as-lawyers-like-them")
     page.set_viewport_size({"width": 360, "height": 740})
     page.goto(node.url)
     expect(page.locator("#agreements")).to_contain_text("customer-with")
@@ -163,7 +163,7 @@ def test_phone_shows_everything_without_scrolling_sideways(page, node, sandbox):
 def test_page_asks_for_a_token_where_the_daemon_wants_one(page, sandbox, tmp_path):
     """It stays in the tab; one that may read and not act is told so."""
     with Node(tmp_path, configuration(sandbox) + TOKENS) as node:
-        until(lambda: node.ask("GET", "/healthz").status == 200, "the daemon")
+        node.wait_ready()
         page.goto(node.url)
         page.get_by_label("token").fill("read-token-of-the-test-000000000000")
         page.get_by_role("button", name="Open").click()

@@ -7,6 +7,7 @@ const ROWS_MAX = 500;
 const POINTS_MAX = 600;
 const READ_MS = 1000; // Read the figures once a second at most, however much happens,
 const IDLE_MS = 10000; // and so often when nothing does.
+const ECHO_MS = 2500; // The totals of the daemon may be a second old: read again when things are still.
 const SILENCE_MS = 40000; // The stream has a sign of life every 15 seconds.
 const RETRY_MS = [500, 1000, 2000, 4000];
 const GOOD = new Set(["active", "confirmed", "flowing", "connected"]);
@@ -28,6 +29,7 @@ let locked = false;
 let pending = null;
 let listening = null;
 let quiet = 0;
+let echo = 0;
 
 const at = (id) => document.getElementById(id);
 
@@ -282,8 +284,8 @@ function showChart(totals) {
   const label = `Accrued ${totals.accrued}, released ${totals.released}, unsettled ${totals.unsettled} USDC; `
     + `when this page was opened ${first.said.accrued} and ${first.said.released}`;
   chart.setAttribute("aria-label", label);
-  say("chart-top", money(String(top.toFixed(4))));
-  say("chart-bottom", money(String(bottom.toFixed(4))));
+  say("chart-top", top.toFixed(4));
+  say("chart-bottom", bottom.toFixed(4));
   say("chart-from", `${lasting(time / 1000)} ago`);
 }
 
@@ -509,6 +511,8 @@ function failed(error) {
 // -- Listening ------------------------------------------------------------------------------------
 
 function heard(kind, data) {
+  clearTimeout(echo);
+  echo = setTimeout(() => soon("status"), ECHO_MS);
   if (kind === "start" || kind === "reset") soon("all");
   else if (kind === "accrual") {
     const known = agreements.find((one) => one.id === data.agreement);
