@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jsonpath import JSONPath
+    from jsonpath import CompoundJSONPath, JSONPath
 
 _PLAIN = re.compile(r"\$(?:\.[A-Za-z_][A-Za-z0-9_]*)*\Z", re.ASCII)
 
@@ -39,13 +39,11 @@ class Path:
         return (data,)
 
 
-def _compile(text: str) -> JSONPath:
+def _compile(text: str) -> JSONPath | CompoundJSONPath:
     import jsonpath  # noqa: PLC0415  # See above.
 
     try:
         # The standard's language alone: not the library's own `|`, `&` and the like.
-        compiled = jsonpath.JSONPathEnvironment(strict=True).compile(text)
+        return jsonpath.JSONPathEnvironment(strict=True).compile(text)
     except jsonpath.JSONPathError as error:
         raise BadPath(str(error).partition("\n")[0]) from None
-    assert isinstance(compiled, jsonpath.JSONPath), "what is compound is no standard path"
-    return compiled

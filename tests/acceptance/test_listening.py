@@ -137,7 +137,9 @@ def test_old_versions_of_tls_are_not_spoken(
     context = ssl.create_default_context(cafile=str(shown.ca.cert))
     context.set_ciphers("ALL:@SECLEVEL=0")
     # Whoever asks for an old version is warned of it, and asks on purpose here.
-    with pytest.warns(DeprecationWarning, match="TLSv1") if not answers else contextlib.nullcontext():
+    with (
+        pytest.warns(DeprecationWarning, match="TLSv1") if not answers else contextlib.nullcontext()
+    ):
         context.minimum_version = context.maximum_version = version
     connection = http.client.HTTPSConnection("127.0.0.1", shown.port, timeout=20, context=context)
     try:

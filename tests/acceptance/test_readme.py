@@ -17,6 +17,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from tests.servers import MosquittoServer, RedisServer, free_port, wait_until
 README, OPERATIONS = "README.md", "operations.md"
 TIMEOUT_S = 60
 
+NUMBERED = "tests/acceptance/test_numbered_events.py types it"
+TYPED = "it wants meters of its own; tests/acceptance/test_typed_events.py types it"
 TRACED = "it wants a plan of its own; tests/integration/test_otlp.py types the whole section"
 # Blocks that are not typed here, by their first line, and why not.
 NOT_RUN = {
@@ -47,6 +50,11 @@ NOT_RUN = {
     "curl -fsS http://127.0.0.1:8787/v1/traces -H 'Content-Type: application/json' -d @- <<END": (
         TRACED
     ),
+    "curl -fsS http://127.0.0.1:8787/v1/events \\": TYPED,
+    "secret=$(cat svc-a-secret)": "tests/acceptance/test_security_page.py types it",
+    "for n in 1 2 5; do": NUMBERED,
+    'meterd producers give-up edge-7 --reason "the broker lost its disk"': NUMBERED,
+    "export OPENMETER_API_ENDPOINT=http://127.0.0.1:8787": TYPED,
     **dict.fromkeys(
         (
             "# tell.py",
@@ -268,7 +276,7 @@ EFFECTS: dict[str, Callable[[Story], None]] = {
     "mosquitto_pub -p 1883 -q 1 -t meterd/usage/customer-1/tokens"
     """ -m '{"id": "req-4", "quantity": 250}'""": _counted("customer-1", 5),
     'meterd close customer-1 --reason "the story is over"': _closed,
-    "# A payer locks a deposit, and you bind it; with its key that is one thing.": (_active),
+    "# A payer locks a deposit, and you bind it; with its key that is one thing.": _active,
     "tar -czf meterd-backup.tar.gz meterd-data": _saved,
     "redis-cli -p 6379 XADD meterd:usage MAXLEN '~' 1000000 '*' id req-20"
     " agreement customer-2 meter tokens quantity 12": _counted("customer-2", 1),
@@ -368,6 +376,9 @@ def test_a_piece_of_configuration_has_no_mistake(
     monkeypatch.chdir(tmp_path)
     for caller in CALLERS:
         (tmp_path / f"{caller}-token").write_text(f"a-long-random-text-of-{caller}")
+        (tmp_path / f"{caller}-secret").write_text(
+            f"whsec_{b64encode(caller.encode() * 8).decode()}"
+        )
     notes: list[object] = []
     settings = config.parse(
         block.text, {"METERD_ESCROW__API_KEY": "pf_live_example"}, warn=notes.append

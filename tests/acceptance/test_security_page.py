@@ -70,7 +70,7 @@ def test_the_configuration_of_the_page_has_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "svc-a-token").write_text("a-token-of-this-page-0123\n")
     (tmp_path / "svc-a-secret").write_text(key_of("page") + "\n")
     config = tmp_path / "meterd.toml"
-    text = block.text.replace("/etc/meterd/secrets", str(tmp_path))
+    text = block.text.replace('"svc-a-', f'"{tmp_path}/svc-a-')
     config.write_text(f'{text}\n[escrow]\napi_key = "pf_live_x"\n')
     assert meterd("check", "-c", str(config)).returncode == 0
 

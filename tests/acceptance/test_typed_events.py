@@ -7,6 +7,7 @@ than once.
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from tests.acceptance.stage import Node, configuration, until
+from tests.documents import ROOT, blocks
 from tests.processes import Sandbox
 from tests.servers import MosquittoServer, RedisServer
 
@@ -51,6 +53,16 @@ rates = [
     { meter = "prompt", price = "0.001", where = { model = "gpt-large" } },
     { meter = "completion", price = "0.002" },
     { meter = "requests", price = "0.1" },
+]
+"""
+CHAT = """
+[plans.chat]
+pattern = "streaming"
+settle = { amount = "1000" }
+rates = [
+    { meter = "tokens", price = "0.001", where = { kind = "input" } },
+    { meter = "tokens", price = "0.01", where = { kind = "output" } },
+    { meter = "calls", price = "0.1" },
 ]
 """
 PRICE = 7 * Decimal("0.001") + 11 * Decimal("0.002") + Decimal("0.1")  # Of one event of `call`.
@@ -127,7 +139,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     ):
         text = configuration(
             sandbox,
-            plans=PLANS,
+            plans=PLANS + CHAT,
             rest=f"""
 [[sources]]
 kind = "redis"
@@ -148,6 +160,22 @@ topic = "agents/{{agreement}}"
 def accrued(stage: Stage, name: str) -> Decimal:
     """What an agreement owes."""
     return Decimal(stage.node.agreement(name)["accrued"])
+
+
+def test_the_page_shows_a_call_that_works(stage: Stage) -> None:
+    """What docs/ingest.md tells people to type, typed."""
+    stage.node.bind(stage.sandbox.lock("10.00"), "chat", "customer-1")
+    (block,) = [
+        block
+        for block in blocks(ROOT / "docs" / "ingest.md")
+        if block.language == "sh" and "ce-specversion" in block.text
+    ]
+    text = block.text.replace("http://127.0.0.1:8787", stage.node.url)
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert [done.stdout.strip()] == block.expected
+    assert accrued(stage, "customer-1") == Decimal("0.1") + 100 * Decimal("0.001") + 20 * Decimal(
+        "0.01"
+    )
 
 
 def test_openmeters_own_client_works_by_its_address(stage: Stage) -> None:

@@ -51,3 +51,13 @@ def test_forgotten_key_is_free_again():
 
     assert 0 == len(known)
     assert known.get("ops", "a", 0) is None
+
+
+def test_answer_that_is_larger_than_all_that_is_kept_is_not_kept(monkeypatch):
+    """Nor is what was there before it; what comes next has room again."""
+    monkeypatch.setattr(keys, "BYTES_MAX", 10)
+    known = Keys([row("a")])
+
+    assert [("ops", "a"), ("ops", "b")] == known.put(row("b", body=b"12345678901"), 0)
+    assert 0 == len(known)
+    assert [] == known.put(row("c", body=b"1234567890"), 0)
