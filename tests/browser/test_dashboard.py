@@ -144,7 +144,7 @@ def test_quote_is_priced_and_a_wrong_one_says_why(page, node):
     page.locator("#quote-plan").select_option("stream")
     page.get_by_label("Quantity").fill("1500")
     page.get_by_role("button", name="Price it").click()
-    expect(page.locator("#quote-answer")).to_contain_text("1.5 USDC")
+    expect(page.locator("#quote-answer")).to_contain_text("1.50 USDC")
     page.get_by_label("Quantity").fill("much")
     page.keyboard.press("Enter")
     expect(page.locator("#quote-answer .bad")).to_contain_text("units")
