@@ -26,8 +26,9 @@ CORE = Path("meterd/core")
 LISTED = Path(__file__).with_name("survivors.toml")
 # The machine that tries at random takes a minute where nothing is wrong: mutants must fall without.
 SLOW = ("--deselect=tests/unit/core/test_settlement.py::TestService",)
-# Whose tests hold a module's promises too: what its feeds read and its caps let pass is counted.
-TOGETHER = {"ledger": ("caps", "feeds")}
+# Whose tests hold a module's promises too: the ledger counts what its feeds read and its caps let
+# pass, and a cap is held by trying each event against it.
+TOGETHER = {"ledger": ("caps", "feeds"), "trial": ("caps",)}
 FLOOR = 95.0  # Percent of all mutants that were tried.
 SURVIVED, FAILED = 0, 1
 # Killed for using too much processor time, in the ways in which mutmut and the kernel say so.
