@@ -200,7 +200,7 @@ class Feeds:
                 return part
         parts = [part for part in found if isinstance(part, Part)]
         if event.type == GENAI_TYPE:
-            own = _genai_parts(event.data, {feed.meter.name for feed in self._by_type[event.type]})
+            own = _genai_parts(event, {feed.meter.name for feed in self._by_type[event.type]})
             if isinstance(own, tuple):
                 return own
             parts += own
@@ -216,7 +216,7 @@ class _Feed:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self.where = meter.value or "data"
+        self.where = meter.value
         self._value = Path(meter.value) if meter.value else None
         self._dimensions = [(name, Path(path)) for name, path in meter.dimensions]
 
@@ -275,22 +275,22 @@ def _is_deep(data: Any) -> bool:
 
 def _said(event: UsageEvent, error: Exception) -> str:
     if not bytes(event.data):
-        return f"there is none, and {printable(event.type, 80)} needs it"
+        return f"there is none, and {event.type} needs it"
     return printable(json_flaw(error, bytes(event.data), ""))
 
 
 # Calls of models ----------------------------------------------------------------------------------
 
 
-def _genai_parts(raw: msgspec.Raw, configured: set[str]) -> list[Part] | Why:
+def _genai_parts(event: UsageEvent, configured: set[str]) -> list[Part] | Why:
     """The tokens of a call by kind, none of them in two kinds, and the call itself."""
     try:
-        said = _genai.decode(raw)
+        said = _genai.decode(event.data)
         counts = _Counts.of(said)
     except money.BadNumber as error:
         return Reason.BAD_QUANTITY, f"data: {error}"
     except _MALFORMED as error:
-        return Reason.MALFORMED, f"data: {printable(json_flaw(error, bytes(raw), ''))}"
+        return Reason.MALFORMED, f"data: {_said(event, error)}"
     named = {"model": said.model, "provider": said.provider, "operation": said.operation}
     dimensions = {name: text for name, text in named.items() if text}
     parts = [] if CALLS_METER in configured else [Part(CALLS_METER, dimensions=dimensions)]
@@ -300,7 +300,7 @@ def _genai_parts(raw: msgspec.Raw, configured: set[str]) -> list[Part] | Why:
         own = {**dimensions, "kind": kind}
         otherwise = None if kind == whole else {**dimensions, "kind": whole}
         quantity = money.format_quantity(nanos)
-        parts.append(Part(TOKENS_METER, quantity, "", own, otherwise))
+        parts.append(Part(TOKENS_METER, quantity, dimensions=own, otherwise=otherwise))
     return parts
 
 
@@ -335,15 +335,12 @@ class _Counts:
 
 def _group(said: _GenAi, whole: str, *parts: str) -> tuple[int, ...] | None:
     """Read a count and those that it includes; None: none of them is given."""
-    given = [getattr(said, name) for name in (whole, *parts)]
-    if all(count is None for count in given):
+    given = {name: getattr(said, name) for name in (whole, *parts)}
+    if all(count is None for count in given.values()):
         return None
-    numbers = [
-        0 if count is None else _count(name, count)
-        for name, count in zip((whole, *parts), given, strict=True)
-    ]
+    numbers = [0 if count is None else _count(name, count) for name, count in given.items()]
     included = sum(numbers[1:])
-    if given[0] is None:
+    if given[whole] is None:
         numbers[0] = included
     if included > numbers[0]:
         raise money.BadNumber(f"{' and '.join(parts)} are part of {whole}, and more than it")
