@@ -62,6 +62,7 @@ from meterd.settler import Pace, Settler
 from meterd.sources import Source
 from meterd.store.restore import Restored, restore
 from meterd.store.sqlite import SqliteStore
+from meterd.supervision import READY, STOPPING, Supervision
 
 log = get_logger(__name__)
 
@@ -443,6 +444,7 @@ class Daemon:
         files = certificate_files_of(settings)
         self._certificate = None if files is None else Certificate(files)
         self._fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._supervision = Supervision(os.environ)
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
         self._reloads: set[asyncio.Task[None]] = set()
@@ -463,8 +465,11 @@ class Daemon:
                     group.create_task(self._bookkeeper.take_back_voided(), name="voids"),
                     group.create_task(self._intake.watch_lag(LAG_INTERVAL_S), name="lag"),
                     group.create_task(self._failure(), name="failure"),
+                    group.create_task(self._supervision.keep_alive(), name="supervision"),
                 ]
+                self._supervision.tell(READY)
                 await self._stop.wait()
+                self._supervision.tell(STOPPING)
                 await self._drain(readers)
                 for task in (*readers, *side):
                     task.cancel()

@@ -104,6 +104,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
         "reconciler": "bookkeeper core errors logs",
         "opener": "bookkeeper core errors logs",
         "listening": "config errors",
+        "supervision": "",
         # What exporters of OpenTelemetry send, as events; it knows no HTTP.
         "otlp": "core sources.__init__",
         # Faces.
