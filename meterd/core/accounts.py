@@ -57,14 +57,13 @@ class Line:
 
     def work_out(self) -> int:
         """Price all of it anew; by how much the charge has changed."""
-        charge = self.charge_of(self.quantity, self.amount, self.events)
+        charged = self.events or (self.ended and self.card.rates[self.place].minimum is not None)
+        charge = self.charge_of(self.quantity, self.amount) if charged else 0
         before, self.charge = self.charge, charge
         return charge - before
 
-    def charge_of(self, quantity: int, amount: int, events: int) -> int:
-        """Price so much usage, in 1 / account.denominator USDC."""
-        if not (events or (self.ended and self.card.rates[self.place].minimum is not None)):
-            return 0
+    def charge_of(self, quantity: int, amount: int) -> int:
+        """Price so much usage of one event or more, in 1 / account.denominator USDC."""
         charge = self.card.line_charge(self.place, quantity, amount, ended=self.ended)
         return charge * (self.account.denominator // self.card.denominator)
 

@@ -31,6 +31,7 @@ SPANS = {"event": "one event", "minute": "a minute", "day": "a day", "lifetime":
 class _Budget:
     """What is left of some caps, in 1 / denominator USDC, and what this batch has used of it."""
 
+    name: str  # Whose caps they are.
     caps: Caps
     left: dict[str, int]  # By the cap's name; those that are no caps are missing.
     used: int = 0
@@ -44,7 +45,7 @@ class _Budget:
         return ""
 
 
-Figures = tuple[int, int, int, int]  # Of a line: quantity, amount, events, charge.
+Figures = tuple[int, int, int]  # Of a line: quantity, amount, charge.
 Shown = tuple[int, str]  # Of a meter that shows no sum: what it shows, and the key of the last.
 
 
@@ -78,10 +79,10 @@ class Trial:
         shown: dict[Counter, Shown] = {}
         charge = sum(self._charge(part, lines, shown) for part in charged)
         budgets = [self._budget(account, name, caps) for name, caps in limits]
-        for (name, caps), budget in zip(limits, budgets, strict=True):
+        for budget in budgets:
             cap = budget.passed(charge) if charge > 0 else ""
             if cap:
-                return Reason.OVER_CAP, _sentence(account, name, caps, cap)
+                return Reason.OVER_CAP, _sentence(account, budget.name, budget.caps, cap)
         for budget in budgets:
             budget.used += max(0, charge)
         self._lines.update(lines)
@@ -90,11 +91,11 @@ class Trial:
             self._new.setdefault(counter, set()).add(key)
         return None
 
-    def _charged(self, place: int) -> Sequence[Charged]:
-        """All counters that an event feeds."""
+    def _charged(self, place: int) -> Sequence[Charged] | None:
+        """All counters that an event feeds; None or none: it is no usage."""
         resolved, counter = self._resolved, self._resolved.counters[place]
         if counter is None:
-            return resolved.parts.get(place, ())
+            return resolved.parts.get(place)
         amount, key = resolved.amounts.get(place, 0), resolved.keys.get(place, "")
         return (Charged(counter, resolved.quantities[place], amount, key),)
 
@@ -118,7 +119,7 @@ class Trial:
                 for span, accrued in before.items()
                 if (cap := getattr(caps, span)) is not None
             }
-            budget = self._budgets[account, name] = _Budget(caps, left)
+            budget = self._budgets[account, name] = _Budget(name, caps, left)
         return budget
 
     # -- Charges -------------------------------------------------------------------------------
@@ -135,11 +136,11 @@ class Trial:
             return (part.amount if counter.dynamic else quantity) * counter.weight
         before = lines.get(line) or self._lines.get(line)
         if before is None:
-            before = line.quantity, line.amount, line.events, line.charge
-        total, amount, events = before[0] + quantity, before[1] + part.amount, before[2] + 1
-        charge = line.charge_of(total, amount, events)
-        lines[line] = total, amount, events, charge
-        return charge - before[3]
+            before = line.quantity, line.amount, line.charge
+        total, amount = before[0] + quantity, before[1] + part.amount
+        charge = line.charge_of(total, amount)
+        lines[line] = total, amount, charge
+        return charge - before[2]
 
     def _grown(self, part: Charged, shown: dict[Counter, Shown]) -> int:
         """By how much what the meter shows would grow."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ METERS = {
     )
 }
 TIERS = (Tier(10 * NANOS, CENT), Tier(None, CENT // 10, 30_000))
+PLAIN = (Tier(10 * NANOS, CENT), Tier(None, CENT // 10))  # Ten for a cent each, then ten a cent.
 RATES = (
     Rate("tokens", CENT, 3),
     Rate("calls", CENT, model=Model.GRADUATED, tiers=TIERS),
@@ -74,8 +76,69 @@ def test_an_event_is_taken_up_to_its_cap_exactly(quantity):
 
     assert entry.accepted == 1
     assert box.rejections[0].reason is Reason.OVER_CAP
-    assert "raise event_max of plans.p.caps" in box.rejections[0].detail
     assert box.books.accounts["a"].accrued == Fraction(quantity, 100)
+
+
+@pytest.mark.parametrize("span", ["event", "minute", "day", "lifetime"])
+def test_the_sentence_says_what_was_passed_and_what_to_do(span):
+    """With the limit, the key to raise and the command that takes the event in again."""
+    box = till(Caps(**{span: cents(150)}), Rate("tokens", CENT))
+    send(box, 151)
+    words = {"event": "one event", "minute": "a minute", "day": "a day", "lifetime": "its life"}
+
+    assert box.rejections[0].detail == (
+        f"more than 1.50 USDC in {words[span]}; raise {span}_max of plans.p.caps,"
+        " then: meterd dead-letters replay"
+    )
+
+
+def test_the_smallest_charge_passes_a_cap_of_nothing():
+    """One unit of the exact fraction is something."""
+    box = till(Caps(event=0), Rate("tokens", 1))
+
+    assert send(box, "0.000000001") == 0
+
+
+@pytest.mark.parametrize("rate", [Rate("tokens", CENT, free_units=9 * NANOS), Rate("tokens", 0)])
+def test_what_costs_nothing_is_taken_where_a_cap_was_lowered_below_what_is_owed(rate):
+    """It makes nothing worse."""
+    box = till(Caps(lifetime=cents(9)), rate, Rate("calls", CENT))
+    box.take([usage("c", meter="calls")], now=START)
+    plan = replace(box.books.plans["p"], caps=Caps(lifetime=0))
+    box.books.reload({"p": plan}, METERS)
+
+    assert send(box, 5) == 1
+
+
+def test_a_value_that_was_seen_before_costs_nothing():
+    """In this batch or an earlier one."""
+    box = till(Caps(day=cents(3)), Rate("users", CENT))
+
+    def users(prefix, *names):
+        events = [usage(f"{prefix}{at}", meter="users", value=n) for at, n in enumerate(names)]
+        return box.take(events, now=START).accepted
+
+    assert users("a", "ann", "bob", "ann", "bob") == 4
+    assert users("b", "ann", "eve", "joe", "bob", "eve") == 4
+    assert box.rejections[0].index == 2
+
+
+def test_prices_of_events_under_a_maximum_are_added_up():
+    """What a batch and the next one bring is charged until the greatest amount is reached."""
+    own = Rate("own", CENT, model=Model.DYNAMIC, maximum=200_000)
+    box = till(Caps(day=cents(20)), own, Rate("tokens", CENT, 3))
+    account = box.books.accounts["a"]
+    for batch, quantities in enumerate(((10, 5), (3, 7, 4))):
+        events = [
+            usage(f"{batch}-{at}", quantity, meter="own", price="0.01")
+            for at, quantity in enumerate(quantities)
+        ]
+        before = account.numerator
+        entry = box.take(events, now=START)
+        assert entry.accepted == len(quantities)
+        assert sum(entry.spent.values()) == account.numerator - before
+
+    assert account.accrued == Fraction(20, 100)
 
 
 def test_a_cap_on_a_price_that_no_cent_divides_is_exact():
@@ -201,6 +264,39 @@ def test_each_producer_has_its_own_windows_for_each_agreement():
     assert box.books.accounts["a"].windows["one"].lifetime == Fraction(6, 100)
 
 
+def test_usage_without_caps_moves_the_tiers_for_what_comes_behind_it():
+    """Of two senders in one batch one has caps: his event is charged what it really adds."""
+    box = till(None, Rate("tokens", CENT, model=Model.GRADUATED, tiers=PLAIN), Rate("users", CENT))
+    account, own = box.books.accounts["a"], Caps(event=cents(1))
+    events = [
+        usage("a", 10),
+        usage("b", 10),
+        usage("c", meter="users", value="ann"),
+        usage("d", meter="users", value="ann"),
+    ]
+    decoded = EventDecoder(SENTINEL).decode(events)
+    resolved = box.books.resolve(decoded, None, "s", START - DAY_MS, START)
+    resolved.limits = {1: ("one", own), 3: ("one", own)}
+    digests = [event.id.encode() for event in resolved.events]
+    none = [-1] * len(digests)
+    entry = box.books.decide(resolved, digests, none, none, START)
+
+    assert entry.rejections == []
+    assert entry.spent == {(account, "one"): account.denominator // 100}
+
+
+def test_windows_of_a_producer_do_not_follow_the_velocity_of_the_plan():
+    """The plan's window begins anew after its own length, and only the plan's."""
+    box = till(Caps(velocity=cents(5), window=MINUTE_MS), Rate("tokens", CENT))
+    sender = ("one", Caps(day=cents(9)))
+    take_from(box, sender, usage("a", 1))
+    take_from(box, sender, usage("b", 2), now=START + MINUTE_MS)
+    windows = box.books.accounts["a"].windows
+
+    assert (windows[PLAN].since, windows[PLAN].in_window) == (START + MINUTE_MS, Fraction(2, 100))
+    assert (windows["one"].since, windows["one"].in_window) == (START, Fraction(3, 100))
+
+
 # -- Exactness ---------------------------------------------------------------------------------
 
 EVENTS = st.lists(
@@ -286,6 +382,15 @@ def test_a_window_begins_with_usage_and_ends_after_its_length():
     assert not box.books.accounts["a"].is_racing
 
 
+def test_what_comes_in_the_same_millisecond_is_in_the_same_window():
+    """Batches may follow each other faster than the clock moves."""
+    windows, caps = Windows(), Caps(velocity=cents(5))
+    windows.note(Fraction(3, 100), START, caps)
+    windows.note(Fraction(3, 100), START, caps)
+
+    assert windows.is_racing(caps)
+
+
 def test_a_clock_that_was_put_back_begins_a_window_anew():
     """A window that lies in the future would never end."""
     windows, caps = Windows(), Caps(velocity=cents(5), window=MINUTE_MS)
@@ -342,6 +447,12 @@ def test_windows_are_read_back_as_they_were_written(windows):
     assert windows_of(windows_text(windows)) == windows
 
 
+def test_windows_are_never_read_through_a_float():
+    """What was stored are texts; a number there is refused."""
+    with pytest.raises(msgspec.ValidationError):
+        windows_of('{"": ["1", 0.1, "1", "0", "0", "0", "0"]}')
+
+
 # -- Events of every kind ----------------------------------------------------------------------
 
 
@@ -378,6 +489,18 @@ def test_an_event_that_feeds_several_meters_is_taken_or_refused_whole():
     assert entry.accepted == 3
     assert books.accounts["a"].accrued == Fraction(3 + 5 + 8 + 1 + 5, 100)
     assert sum(entry.spent.values()) == books.accounts["a"].numerator
+
+
+def test_parts_of_an_event_that_share_the_tiers_of_a_rate_follow_each_other():
+    """The tokens that a model wrote come behind those that it read."""
+    rate = Rate("tokens", CENT, model=Model.GRADUATED, tiers=PLAIN)
+    box = till(Caps(event=cents(11)), rate)
+    data = {"input_tokens": 10, "output_tokens": 10}
+    call = {"id": "a", "source": "svc", "type": "meterd.genai", "subject": "a"}
+    entry = box.take([json.dumps({**call, "specversion": "1.0", "data": data}).encode()], now=START)
+
+    assert (entry.accepted, sum(entry.spent.values())) == (1, box.books.accounts["a"].numerator)
+    assert box.books.accounts["a"].accrued == Fraction(11, 100)
 
 
 def test_an_older_value_of_a_meter_that_shows_the_last_costs_nothing():

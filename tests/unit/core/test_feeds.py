@@ -605,5 +605,5 @@ def test_a_binary_event_becomes_the_structured_one():
     for attributes in ([("id", "a"), ("id", "b")], [("data", "1")], [("A b", "1")]):
         with pytest.raises(ValueError, match="attribute"):
             assemble(attributes, "", b"")
-    with pytest.raises(ValueError, match="^'A{80}' cannot"):
+    with pytest.raises(ValueError, match=r"^'A{80}' cannot"):
         assemble([("A" * 99, "1")], "", b"")

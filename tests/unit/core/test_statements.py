@@ -58,6 +58,11 @@ def test_statement_says_who_owes_what_and_what_was_paid():
     assert ("tokens", "token", "12", 3) == tuple(
         tokens[name] for name in ("meter", "unit", "quantity", "events")
     )
+    # Seven at 0.003 for seven, and five at 0.001 for three, under one card.
+    assert (next(iter(books.cards)), "0.004666666666666666666666") == (
+        tokens["card"],
+        tokens["accrued"],
+    )
 
 
 def test_statement_of_tiers_has_no_price_of_a_meter():
