@@ -421,6 +421,29 @@ def test_text_from_outside_is_escaped_only_where_it_must_be():
     assert "a\\n" == events.printable("a\nb", 3)
 
 
+@pytest.mark.parametrize(
+    ("quantity", "nanos"),
+    [
+        (0, 0),
+        ("0", 0),
+        ("0.0000000000", 0),
+        (1, money.NANOS),
+        ("0.000000001", 1),
+        (msgspec.Raw(b"2.5"), 5 * money.NANOS // 2),
+    ],
+)
+def test_zero_in_the_data_of_a_typed_event_is_zero(quantity, nanos):
+    """It says that there was nothing; any other number is read as a quantity is."""
+    assert events.data_nanos(quantity) == nanos
+
+
+@pytest.mark.parametrize("quantity", [-1, "", "-0", "0.0000000001", "0e0", "x"])
+def test_what_is_no_number_in_the_data_of_a_typed_event_is_refused(quantity):
+    """As it is in a bare event."""
+    with pytest.raises(BadNumber):
+        events.data_nanos(quantity)
+
+
 def test_largest_quantity_is_taken_in_either_spelling():
     """And not by one more."""
     largest = money.QUANTITY_MAX

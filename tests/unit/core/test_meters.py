@@ -56,6 +56,24 @@ def test_sum_meter_refuses_what_is_no_quantity(quantity):
         TOKENS.measure(quantity)
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "nanos"),
+    [
+        (Aggregation.SUM, 0),
+        (Aggregation.MAX, 0),
+        (Aggregation.LATEST, 0),
+        (Aggregation.COUNT, NANOS),
+        (Aggregation.UNIQUE, NANOS),
+    ],
+)
+def test_typed_event_says_nothing_by_zero_and_is_one_where_events_are_counted(aggregation, nanos):
+    """Whatever else stands in its data is read as a quantity is."""
+    meter = Meter("m", aggregation)
+
+    assert meter.measure_fed(0) == nanos
+    assert meter.measure_fed("2.5") == (nanos or 5 * NANOS // 2)
+
+
 @pytest.mark.parametrize("quantity", [1, 7, 2**70, "", "x", msgspec.Raw(b"true")])
 def test_count_meter_adds_one_for_each_event(quantity):
     """A counting meter does not look at the quantity."""
