@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Two tests at a time: a file's tests stay together (tests/conftest.py).
-SHARED ?= -n 2 --dist loadgroup
+# Two files at a time. A file's tests stay together and in order: most start servers once for all of
+# their tests, and some look at what the ones before have left. The long files come first.
+SHARED ?= -n 2 --dist loadfile --no-loadscope-reorder
 UPGRADE ?= --upgrade
 
 venv := .venv

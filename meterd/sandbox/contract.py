@@ -403,7 +403,9 @@ class Contract:
 
         def act(outcome: str, at_ms: int) -> Decision:
             # The id is made here, so that a request delivered twice makes two escrows.
-            fresh = replace(terms, escrow_id=new_escrow_id())
+            # Its hours run from the moment at which it is made.
+            deadline_ms = wire.read_deadline(asked.fields, at_ms)
+            fresh = replace(terms, escrow_id=new_escrow_id(), deadline_ms=deadline_ms)
             return ledger.create(self._books, fresh, replace(ask, outcome=outcome), at_ms)
 
         return act

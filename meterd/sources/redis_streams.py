@@ -302,7 +302,7 @@ def payload_of(fields: Sequence[bytes] | None) -> tuple[bytes, Fault | None]:
     if fields is None:
         detail = "the entry was deleted from the stream while it was pending"
         return b"", Fault(Reason.MALFORMED, detail)
-    if len(fields) > 2:
+    if len(fields) > 2 and len(fields) % 2 == 0:
         fields = _without_proof(fields)
     if len(fields) == 2 and fields[0] == EVENT_FIELD:
         return fields[1], None

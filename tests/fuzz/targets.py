@@ -111,7 +111,7 @@ def redis(data: bytes) -> None:
         assert faults.get(index) == fault
         if fault is not None:
             _fit_to_show(fault.detail)
-        elif fields[0] != redis_streams.EVENT_FIELD:
+        elif redis_streams.EVENT_FIELD not in fields[::2]:
             _same_fields(fields, msgspec.json.decode(payload, type=dict[str, msgspec.Raw]))
     events(CUT.join(payloads))
 
