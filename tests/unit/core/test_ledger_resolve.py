@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -404,3 +405,42 @@ def test_amount_is_of_the_counter_whose_events_brought_their_price():
                usage("y", 2, dimensions={"kind": "tiers"})])  # fmt: skip
 
     assert [2 * NANOS * PICOS, 0] == [row.amount for row in till.rows.values()]
+
+
+TYPED = {
+    "specversion": "1.0",
+    "type": "meterd.genai",
+    "source": "s",
+    "subject": "a",
+    "data": {"input_tokens": 5},
+}
+SPOILT = {
+    "no JSON": b"{",
+    "an unknown agreement": usage("x", agreement="nobody"),
+    "no id": usage(""),
+    "a source with a line": usage("x", source="a\nb"),
+    "a day ahead": usage("x", time="2036-01-01T00:00:00Z"),
+    "no quantity": usage("x", 0),
+    "a price that no rate wants": usage("x", price="1"),
+    "a typed price that no rate wants": json.dumps({**TYPED, "id": "x", "price": "1"}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_event_behind_one_that_is_refused_is_taken(name):
+    """Whatever it was refused for: the batch goes on behind it."""
+    till = Till()
+    entry = till.take([SPOILT[name], usage("good")])
+
+    assert (entry.accepted, [one.index for one in entry.rejections]) == (1, [0])
+
+
+def test_content_of_a_call_of_a_model_says_nothing_of_its_time():
+    """Its span and its log record are written at different moments, and are one event."""
+    books = ledger()
+    payload = json.dumps({**TYPED, "id": "x", "time": "2026-11-03T07:33:20Z"}).encode()
+    decoded = EventDecoder(SENTINEL).decode([payload])
+    resolved = books.resolve(decoded, None, "s", 0, NOW)
+
+    [content] = contents(resolved.events)
+    assert b'"time"' not in content
